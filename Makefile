@@ -1,0 +1,29 @@
+# The only door. Every target makes .venv first, from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+export WANDB_SILENT ?= true
+
+.PHONY: setup demo test check clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## train a small hybrid for about four minutes, then report on it
+	$(BIN)/python -m train --config configs/demo.yaml
+	$(BIN)/python -m eval report --run runs/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 tests
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,213 @@
+"""The configuration: the pattern string is the architecture, every other field a size."""
+
+import difflib
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hybridlm.pattern import NEMOTRON_H_SYMBOLS, SYMBOLS, evenly_dispersed, unknown_symbols
+
+# Other spellings of our fields in published configs.
+SYNONYMS = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon", "mamba_n_groups": "n_groups"}
+LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+
+
+class HybridLMConfig(PreTrainedConfig):
+    """A hybrid Mamba-2/Transformer language model in the style of Nemotron-H (arXiv 2504.03624).
+
+    The names are those of transformers' `NemotronHConfig`; what is ours stands at the end. The defaults are the 8B model.
+
+    Args:
+        hybrid_override_pattern: one symbol a layer: `M` Mamba-2, `*` self-attention, `-` FFN. Its length is the depth.
+        vocab_size: rows of the embedding and of the head.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the FFN.
+        num_attention_heads, num_key_value_heads, head_dim: of self-attention; query heads share key-value heads in groups.
+        mamba_num_heads, mamba_head_dim: of Mamba-2; their product is its inner width (`expand` is not used).
+        n_groups: groups of Mamba heads that share B and C. ssm_state_size: rows of the state of each head channel.
+        conv_kernel: window of the convolution, in positions. chunk_size: positions of one SSD chunk; no result depends on it.
+        time_step_min, time_step_max, time_step_floor: range of dt at initialisation.
+        time_step_limit: dt is clamped to it in every pass.
+        initializer_range: standard deviation of the weights at initialisation; with `rescale_prenorm_residual`, that of
+            the projections into the residual stream is divided by the square root of the depth.
+        rope_theta: base of the rotary position embedding; None, as in Nemotron-H, for no position embedding.
+
+    Raises:
+        ValueError: one message with every fault.
+    """
+
+    model_type = "hybridlm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    hybrid_override_pattern: str = evenly_dispersed(52, 4)
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 8192
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    intermediate_size: int = 21504
+    mlp_hidden_act: str = "relu2"
+    mlp_bias: bool = False
+    ssm_state_size: int = 128
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    mamba_hidden_act: str = "silu"
+    n_groups: int = 8
+    conv_kernel: int = 4
+    expand: int = 2
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    use_conv_bias: bool = True
+    chunk_size: int = 128
+    mamba_ssm_cache_dtype: str = "float32"
+    use_bias: bool = False
+    initializer_range: float = 0.02
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = False
+    hidden_dropout: float = 0.0
+    rescale_prenorm_residual: bool = True
+    rope_theta: float | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("num_hidden_layers", None)  # the pattern's length
+        super().__post_init__(**kwargs)
+        if faults := _faults(self):
+            raise ValueError("\n".join([f"HybridLMConfig has {len(faults)} fault(s):", *faults]))
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Width of x and z in Mamba-2."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_conv_size(self) -> int:
+        """Channels that pass the convolution: x, B and C."""
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def is_nemotron_h(self) -> bool:
+        """Whether stock transformers' `nemotron_h` can hold this model."""
+        return set(self.hybrid_override_pattern) <= NEMOTRON_H_SYMBOLS and self.rope_theta is None
+
+    @classmethod
+    def from_strict_dict(cls, values: dict[str, Any]) -> "HybridLMConfig":
+        """A config from a person's own words (a shape file): unknown keys are errors that name the nearest known one."""
+        known = {f.name for f in fields(HybridLMConfig) if f.name in HybridLMConfig.__annotations__}
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            nearest = {key: difflib.get_close_matches(key, sorted(known), n=1) for key in unknown}
+            hints = [f"{key}{f' (did you mean {near[0]}?)' if near else ''}" for key, near in nearest.items()]
+            raise ValueError(f"unknown model config key(s): {', '.join(hints)}.")
+        return cls(**values)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers' own; also reads a `nemotron_h` config, ours or published."""
+        return super().from_dict(from_disk(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_disk(config_dict), kwargs
+
+    def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
+        Path(json_file_path).write_text(json.dumps(to_disk(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def to_disk(config: HybridLMConfig) -> dict[str, Any]:
+    """The content of config.json: a `nemotron_h` model wherever one can hold this, and a form every reader of it takes."""
+    values = config.to_diff_dict()
+    values["num_hidden_layers"] = config.num_hidden_layers
+    if list(config.time_step_limit) == [0.0, math.inf]:
+        del values["time_step_limit"]  # the default everywhere, and JSON has no infinity
+    if config.is_nemotron_h:
+        del values["rope_theta"]
+        values["model_type"] = "nemotron_h"
+        values["architectures"] = ["NemotronHForCausalLM"]
+        # Stock transformers clamps dt at time_step_min in every pass; training never did. 0.0 breaks its from_config.
+        values["time_step_min"] = 1e-30
+        values["time_step_init_min"] = config.time_step_min
+    return values
+
+
+def from_disk(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_disk`, and the spellings of other writers of `nemotron_h`."""
+    if values.get("model_type") not in ("nemotron_h", "hybridlm"):
+        return values
+    values = {SYNONYMS.get(key, key): value for key, value in values.items()}
+    kinds = values.pop("layers_block_type", None)
+    if kinds is not None and "hybrid_override_pattern" not in values:
+        values["hybrid_override_pattern"] = "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
+    if "time_step_init_min" in values:
+        values["time_step_min"] = values.pop("time_step_init_min")
+    values["model_type"] = "hybridlm"
+    return values
+
+
+def _faults(c: HybridLMConfig) -> list[str]:
+    """Every broken invariant, each with what came and what to do."""
+    sizes = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
+    )
+    faults = []
+    for name in sizes:
+        value = getattr(c, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            faults.append(f"{name} must be a whole number of at least 1; got {value!r}.")
+    for name in ("initializer_range", "layer_norm_epsilon", "time_step_min", "time_step_max", "time_step_floor"):
+        value = getattr(c, name)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            faults.append(f"{name} must be a finite number above 0; got {value!r}.")
+    if not isinstance(c.hybrid_override_pattern, str) or not c.hybrid_override_pattern:
+        faults.append(f"hybrid_override_pattern must be a string with a symbol a layer; got {c.hybrid_override_pattern!r}.")
+    elif unknown := unknown_symbols(c.hybrid_override_pattern):
+        known = ", ".join(f"{symbol!r} {kind}" for symbol, kind in SYMBOLS.items())
+        faults.append(
+            f"hybrid_override_pattern {c.hybrid_override_pattern!r} has unknown symbol(s) {unknown!r}; known are {known}."
+        )
+    if faults:
+        return faults  # what follows does arithmetic on these
+    if c.mamba_num_heads % c.n_groups:
+        faults.append(
+            f"mamba_num_heads must be a multiple of n_groups; got {c.mamba_num_heads} heads and {c.n_groups} groups. "
+            "Choose n_groups among the divisors of mamba_num_heads."
+        )
+    if c.num_attention_heads % c.num_key_value_heads:
+        faults.append(
+            "num_attention_heads must be a multiple of num_key_value_heads; "
+            f"got {c.num_attention_heads} and {c.num_key_value_heads}."
+        )
+    if c.rope_theta is not None and (not 0 < c.rope_theta < math.inf or c.head_dim % 2):
+        faults.append(f"rope_theta must be a finite number above 0 and head_dim even; got {c.rope_theta!r} and {c.head_dim}.")
+    if not c.time_step_min <= c.time_step_max:
+        faults.append(f"time_step_min must not exceed time_step_max; got {c.time_step_min} and {c.time_step_max}.")
+    limit = list(c.time_step_limit)
+    if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
+        faults.append(f"time_step_limit must be two rising numbers of at least 0; got {c.time_step_limit!r}.")
+    only = {
+        "tie_word_embeddings": False, "attention_dropout": 0, "hidden_dropout": 0, "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu", "mamba_ssm_cache_dtype": "float32", "residual_in_fp32": False,
+    }  # fmt: skip
+    faults += [
+        f"{k} must be {v!r}, the only kind there is; got {getattr(c, k)!r}." for k, v in only.items() if getattr(c, k) != v
+    ]
+    return faults

@@ -1,0 +1,60 @@
+"""Model FLOPs of a hybrid: what one forward pass must compute, by kind of work.
+
+A multiply-add is 2 FLOPs. Only matrix products count; norms, gates and activations do not. Nothing recomputed counts, and SSD is
+taken at a fixed chunk of 128 whatever the machine runs, so that utilisation is comparable between machines.
+"""
+
+from hybridlm.configuration import HybridLMConfig
+
+CHUNK = 128
+
+
+def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> dict[str, float]:
+    """FLOPs per token of a forward pass over `seq_len` positions, by kind: linear, attention, ssd, conv, head.
+
+    Attention counts the keys that the causal mask lets through: (seq_len + 1) / 2 on average. A chunk of SSD is a full
+    matrix product, as every implementation runs it.
+    """
+    c = config
+    inner, conv, n = c.mamba_inner_size, c.mamba_conv_size, c.ssm_state_size
+    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    mamba, attention, ffn = (c.hybrid_override_pattern.count(symbol) for symbol in "M*-")
+    d = c.hidden_size
+    weights = {
+        "M": d * (inner + conv + c.mamba_num_heads) + inner * d,
+        "*": 2 * d * query + 2 * d * key,
+        "-": 2 * d * c.intermediate_size,
+    }
+    # C B^T per group, the masked product with x per head, the state's update and its read-out.
+    ssd = c.n_groups * chunk * n + inner * chunk + 2 * inner * n
+    return {
+        "linear": 2.0 * (mamba * weights["M"] + attention * weights["*"] + ffn * weights["-"]),
+        "attention": 2.0 * attention * 2 * query * (seq_len + 1) / 2,
+        "ssd": 2.0 * mamba * ssd,
+        "conv": 2.0 * mamba * conv * c.conv_kernel,
+        "head": 2.0 * d * c.vocab_size,
+    }
+
+
+def training_flops(config: HybridLMConfig, seq_len: int) -> float:
+    """FLOPs per token of forward and backward: backward is two products for each of forward's."""
+    return 3 * sum(forward_flops(config, seq_len).values())
+
+
+# Dense peak of one device in FLOP/s, without sparsity, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "H100 PCIe": {"bf16": 756e12, "fp8": 1513e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
+    "H200": {"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
+    "B200": {"bf16": 2250e12, "fp8": 4500e12, "fp32": 80e12},
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp8": 733e12, "fp32": 91.6e12},
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The peak of the device that torch calls `device_name`, or None where it is unknown (every CPU)."""
+    for name, peaks in PEAK_FLOPS.items():
+        if name in device_name:
+            return peaks.get(precision)
+    return None

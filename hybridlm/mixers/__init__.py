@@ -1,0 +1,11 @@
+"""The kinds of layer: one file each, one table for all.
+
+A mixer is built as `Mixer(config, ops)` and called as `mixer(x, context, state) -> (y, state)`: x and y (b t d); `state`
+None at the start of a sequence; the returned state is for the next call.
+"""
+
+from hybridlm.mixers.attention import Attention
+from hybridlm.mixers.ffn import FFN
+from hybridlm.mixers.mamba2 import Mamba2
+
+MIXERS = {"M": Mamba2, "*": Attention, "-": FFN}

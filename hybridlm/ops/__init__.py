@@ -1,0 +1,40 @@
+"""The operators, each a folder: the contract in `__init__.py`, the specification in `naive.py`, the fast path in `eager.py`."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from hybridlm.ops import conv1d, cross_entropy, gated_norm, ssd
+from hybridlm.ops.backend import resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operators with their backend chosen: what a mixer is handed."""
+
+    ssd: Callable
+    ssd_step: Callable
+    conv1d: Callable
+    gated_norm: Callable
+    cross_entropy: Callable
+
+
+def build_ops(backend: str = "auto") -> Ops:
+    """Resolves `backend` once for every operator and logs what was chosen.
+
+    Raises:
+        ValueError: a backend that is unknown or that an operator does not have.
+    """
+    table = {
+        "ssd": (ssd.ssd, ssd.IMPLEMENTATIONS),
+        "ssd_step": (ssd.ssd_step, ssd.STEP_IMPLEMENTATIONS),
+        "conv1d": (conv1d.conv1d, conv1d.IMPLEMENTATIONS),
+        "gated_norm": (gated_norm.gated_norm, gated_norm.IMPLEMENTATIONS),
+        "cross_entropy": (cross_entropy.cross_entropy, cross_entropy.IMPLEMENTATIONS),
+    }
+    chosen = {op: resolve(op, implementations, backend)[0] for op, (_, implementations) in table.items()}
+    logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))
+    return Ops(**{op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()})

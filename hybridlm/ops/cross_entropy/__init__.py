@@ -1,0 +1,40 @@
+"""The language-model head and its loss in one: the logits of all tokens never need to exist at once."""
+
+import torch
+from torch import Tensor
+
+from hybridlm.ops.backend import resolve
+from hybridlm.ops.checks import check_shape, check_shapes
+from hybridlm.ops.cross_entropy import eager, naive
+from hybridlm.ops.cross_entropy.constants import IGNORE
+
+__all__ = ["IGNORE", "cross_entropy"]
+
+IMPLEMENTATIONS = {"eager": eager.cross_entropy, "naive": naive.cross_entropy}
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str = "auto") -> Tensor:
+    """-log softmax(weight hidden)[label] of every token, in nats.
+
+    Letters: b batch, t time, d width, v vocabulary.
+
+    Args:
+        hidden: (b t d). Under autocast, hidden and weight are taken in autocast's dtype; the softmax is always fp32 or wider.
+        weight: (v d).
+        labels: (b t) integers; `IGNORE` (-100) where a position is no target.
+
+    Returns:
+        (b t) in fp32 (fp64 with fp64 inputs): nats, 0 where the label is `IGNORE`.
+
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    sizes = check_shapes(("hidden", hidden, "b t d"), ("weight", weight, "v d"))
+    check_shape("labels", labels, "b t", sizes)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    _, run = resolve("cross_entropy", IMPLEMENTATIONS, backend)
+    with torch.autocast(device, enabled=False):
+        return run(hidden, weight, labels)
