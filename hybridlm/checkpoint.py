@@ -1,6 +1,7 @@
 """Opening a model folder, with errors that say what is wrong with it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ def load_model(folder: str | Path, *, backend: str = "auto", dtype: torch.dtype 
     if not path.exists() and (str(folder).startswith((".", "/", "~")) or str(folder).count("/") != 1):
         raise ValueError(f"there is no checkpoint folder {folder}. A run keeps its newest model in RUN/model.")
     try:
-        model, info = HybridLMForCausalLM.from_pretrained(
+        loaded: Any = HybridLMForCausalLM.from_pretrained(
             path if path.exists() else str(folder),
             backend=backend,
             dtype=dtype,
@@ -29,6 +30,7 @@ def load_model(folder: str | Path, *, backend: str = "auto", dtype: torch.dtype 
         )
     except OSError as error:
         raise ValueError(f"{folder} is no checkpoint: {error}") from None
+    model, info = loaded
     faults = [f"{kind}: {sorted(map(str, info[key]))}" for key, kind in LOADING_FAULTS.items() if info[key]]
     if faults:
         raise ValueError(f"the weights of {folder} do not fit its config.json; {'; '.join(faults)}.")

@@ -1,6 +1,7 @@
 """The model: embed -> blocks -> norm -> head; initialisation, loss and generation."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from hybridlm.configuration import HybridLMConfig
 from hybridlm.mixers import MIXERS
 from hybridlm.mixers.attention import rotary
 from hybridlm.mixers.context import Context
-from hybridlm.mixers.mamba2 import Mamba2
+from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
 from hybridlm.ops import Ops, build_ops
 from hybridlm.ops.cross_entropy import IGNORE
 
@@ -45,7 +46,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=c.initializer_range)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv1d):
             bound = 1 / math.sqrt(c.conv_kernel)
@@ -59,7 +60,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
             dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        elif hasattr(module, "weight"):  # the norms
+        elif isinstance(module, (nn.RMSNorm, GatedNorm)):
             init.ones_(module.weight)
         if isinstance(module, Block) and c.rescale_prenorm_residual:
             for name in ("out_proj", "o_proj", "down_proj"):
@@ -80,7 +81,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value) -> None:
         self.embeddings = value
 
     def forward(
@@ -108,12 +109,12 @@ class HybridLMModel(HybridLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(input_ids) if input_ids is not None else cast(Tensor, inputs_embeds)
         if 0 in x.shape:
             raise ValueError(f"the input has no tokens: its shape is {tuple(x.shape[:2])}. Pass at least one row of one token.")
         if use_cache and past_key_values is None:
             past_key_values = HybridCache(len(self.layers))
-        cache = past_key_values
+        cache: Any = past_key_values
         context = self.context(x, attention_mask, seq_idx, cache)
         hidden_states = [x]
         for i, block in enumerate(self.layers):
@@ -198,7 +199,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
+    def set_output_embeddings(self, value) -> None:
         self.lm_head = value
 
     def forward(

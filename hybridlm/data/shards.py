@@ -66,7 +66,7 @@ def bytes_after_first(text: str, ids: list[int], tokenizer: PreTrainedTokenizerB
     """UTF-8 bytes of the tokens that have one before them, and so are predicted."""
     pieces = tokenizer.convert_ids_to_tokens(ids[:1])
     byte_level = tokenizer.backend_tokenizer.decoder.__class__.__name__ == "ByteLevel"
-    first = len(pieces[0]) if byte_level else len(tokenizer.decode(ids[:1]).encode())
+    first = len(pieces[0]) if byte_level else len(str(tokenizer.decode(ids[:1])).encode())
     return len(text.encode()) - first
 
 

@@ -28,7 +28,7 @@ def build_ops(backend: str = "auto") -> Ops:
     Raises:
         ValueError: a backend that is unknown or that an operator does not have.
     """
-    table = {
+    table: dict[str, tuple[Callable, dict[str, Callable]]] = {
         "ssd": (ssd.ssd, ssd.IMPLEMENTATIONS),
         "ssd_step": (ssd.ssd_step, ssd.STEP_IMPLEMENTATIONS),
         "conv1d": (conv1d.conv1d, conv1d.IMPLEMENTATIONS),

@@ -58,13 +58,13 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
     added = ((xdt * to_end[..., None]).to(x.dtype).mT.flatten(3, 4) @ Bs).to(dtype).view(b, c, h, p, n)
     across = decay(log_decay[..., -1], crosses).view(b, c, h, 1, 1)
     state = x.new_zeros(b, h, p, n, dtype=dtype) if initial_state is None else initial_state
-    arrived = []
+    states = []
     for i in range(c):
-        arrived.append(state)
+        states.append(state)
         state = across[:, i] * state + added[:, i]
 
     # 3. What the arrived state gives to each position of its chunk.
-    arrived = torch.stack(arrived, dim=1).view(b, c, g, r * p, n).to(x.dtype)
+    arrived = torch.stack(states, dim=1).view(b, c, g, r * p, n).to(x.dtype)
     from_state = (Cs @ arrived.mT).unflatten(-1, (r, p)).transpose(3, 4)
     y = y + from_state * decay(log_decay, enters)[..., None]
     if D is not None:

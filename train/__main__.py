@@ -1,0 +1,33 @@
+"""python -m train --config FILE [--section.field V …] [--resume auto|never|PATH]"""
+
+import logging
+import sys
+
+from transformers.utils import logging as transformers_logging
+
+from train.config import dump, parse_command_line
+from train.loop import train
+
+
+def main(argv: list[str]) -> int:
+    """0: done, or stopped by a signal after saving; 2: bad input; 1: failure."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        config, arguments = parse_command_line(argv)
+        if arguments.print_config:
+            print(dump(config), end="")
+            return 0
+        train(config, arguments.resume, arguments.allow_config_change)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,290 @@
+"""The configuration of a run: nested frozen dataclasses, filled from a YAML file and the command line.
+
+The docstring under a field is its help; its type and bounds are checked, all faults in one message.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from hybridlm import HybridLMConfig
+from train.strict_yaml import load_yaml, parse_yaml
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+settings = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=settings)
+class Model:
+    config: str | dict[str, Any] | None = None
+    """shape of the model: a file of configs/model/, or its content inline"""
+    init_from: str | None = None
+    """start from the weights of this model folder or hub name; its shape then stands in the place of model.config"""
+
+
+@dataclass(frozen=True, config=settings)
+class Ops:
+    backend: Literal["auto", "eager", "fused", "naive"] = "auto"
+    """implementation of the operators; auto takes the fastest that runs here"""
+
+
+@dataclass(frozen=True, config=settings)
+class Data:
+    source: str = "stdlib"
+    """stdlib, a text file, a folder of them, a JSONL, CSV, Parquet or Arrow file, or a dataset on the hub"""
+    val_source: str | None = None
+    """where validation comes from; default: the source's own validation split, else its last val_fraction"""
+    val_fraction: Share = 0.1
+    """share held out of a source that has no validation split: of its documents, or of the characters of a single one"""
+    text_column: str = "text"
+    """column that holds the text, where the source has columns"""
+    tokenizer: str | None = None
+    """folder or hub name of a fast tokenizer; default: that of model.init_from, else bytes"""
+    seq_len: Positive = 512
+    """predictions in a training window, tokens"""
+    cache_dir: str = "~/.cache/hybridlm"
+    """where tokenised data is kept between runs"""
+
+
+@dataclass(frozen=True, config=settings)
+class Optim:
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    """peak learning rate of AdamW"""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """decay of the gradient's running mean"""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """decay of the squared gradient's running mean"""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """added to the root of the running mean square"""
+    weight_decay: Rate = 0.1
+    """decoupled weight decay; none on norms, biases, A_log, D and dt_bias"""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """largest norm of the whole gradient; a larger one is scaled down to it"""
+
+
+@dataclass(frozen=True, config=settings)
+class Schedule:
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """share of train.steps over which the learning rate rises linearly to its peak"""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """share of train.steps at the end over which it falls; in between it is stable"""
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
+    """shape of the fall"""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """learning rate of the last step as a share of the peak"""
+
+
+@dataclass(frozen=True, config=settings)
+class Train:
+    steps: Positive = 1000
+    """optimiser steps of the whole run"""
+    global_batch: Positive = 16
+    """sequences in a step, over all ranks together"""
+    micro_batch: Positive | None = None
+    """sequences in one forward pass of a rank; default: all of its share of the batch"""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """arithmetic of the matrix products; weights and optimiser stay fp32. bf16 pays on GPUs and on CPUs with bf16 units"""
+    checkpoint_every: Positive = 500
+    """steps between checkpoints; the last step always has one"""
+    keep_checkpoints: Positive = 2
+    """how many of the newest checkpoints stay"""
+    val_every: Positive = 250
+    """steps between validations; there is one before the first step and one after the last"""
+    val_sequences: Positive | None = None
+    """windows of seq_len in a validation, spread evenly over the held-out text; default: all of them"""
+
+
+@dataclass(frozen=True, config=settings)
+class Log:
+    every: Positive = 10
+    """steps between lines in metrics.jsonl"""
+    wandb: bool = False
+    """also log to Weights & Biases; offline where no key is configured"""
+    wandb_project: str = "hybridlm"
+    """project in Weights & Biases"""
+    sample_prompt: str = "import "
+    """text that the model continues after each validation"""
+    sample_tokens: Annotated[int, Field(ge=0)] = 200
+    """length of that sample, tokens; 0 for none"""
+
+
+@dataclass(frozen=True, config=settings)
+class RunConfig:
+    run_dir: str
+    """folder of this run: configuration, metrics, checkpoints, model"""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """of the initial weights and the order of the data"""
+    model: Model = field(default_factory=Model)
+    ops: Ops = field(default_factory=Ops)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    log: Log = field(default_factory=Log)
+
+
+SCHEMA = TypeAdapter(RunConfig)
+
+
+def parse(values: dict[str, Any]) -> RunConfig:
+    """A checked RunConfig from nested values, with the shape file read in.
+
+    Raises:
+        ValueError: one message with every fault.
+    """
+    faults = []
+    try:
+        config = _checked(values)
+    except ValidationError as error:
+        raise ValueError(_message([_explain(e) for e in error.errors()])) from None
+    model, schedule = config.model, config.schedule
+    if model.config is None and model.init_from is None:
+        faults.append("model: set model.config (a new model) or model.init_from (weights to start from).")
+    if schedule.warmup + schedule.decay > 1:
+        faults.append(
+            f"schedule: warmup ({schedule.warmup}) and decay ({schedule.decay}) are shares of the run; together at most 1."
+        )
+    if config.train.precision == "fp8":
+        faults.append("train.precision: fp8 is not in this version; use bf16 or fp32.")
+    if model.init_from is not None:
+        values = values | {"model": {"init_from": model.init_from}}
+    elif isinstance(model.config, str):
+        try:
+            values = values | {"model": {**values["model"], "config": load_yaml(model.config)}}
+        except ValueError as error:
+            faults.append(f"model.config: {error}")
+    try:
+        if isinstance(values.get("model", {}).get("config"), dict):
+            HybridLMConfig.from_strict_dict(values["model"]["config"])
+    except ValueError as error:
+        faults.append(f"model.config: {error}")
+    if faults:
+        raise ValueError(_message(faults))
+    return _checked(values)
+
+
+def _checked(values: dict[str, Any]) -> RunConfig:
+    # By way of JSON: pydantic's strict mode takes a mapping for a dataclass only there.
+    return SCHEMA.validate_json(json.dumps(values))
+
+
+def dump(config: RunConfig) -> str:
+    """The YAML of the resolved configuration; `parse` reads it back unchanged."""
+    return yaml.safe_dump(SCHEMA.dump_python(config), sort_keys=False, width=120)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line for each leaf in which two configurations differ."""
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}: {old!r} -> {new!r}"
+
+
+def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, pydantic field) of every setting."""
+    for name, info in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        if isinstance(info.annotation, type) and is_dataclass(info.annotation):
+            yield from leaves(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a model. Settings come from the file, then from the command line.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings of a run")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="auto: go on from the run's newest valid checkpoint, or start (default)\n"
+        "never: the run directory must be empty\nPATH: go on from this checkpoint folder",
+    )
+    parser.add_argument("--allow-config-change", action="store_true", help="go on with other settings than the run began with")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+    group = parser.add_argument_group("settings (type, default)")
+    for name, info in leaves():
+        default = "required" if info.is_required() else f"default {info.default}"
+        group.add_argument(
+            f"--{name}", metavar="V", help=f"{info.description.replace('%', '%%')}\n({_type_name(info)}, {default})"
+        )
+    return parser
+
+
+def parse_command_line(argv: list[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """Reads `--config FILE` and overrides.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest), or what `parse` finds.
+    """
+    arguments, unknown = argument_parser().parse_known_args(argv)
+    faults = [_unknown(word.split("=")[0].removeprefix("--"), "flag --") for word in unknown if word.startswith("--")]
+    if unknown and not faults:
+        faults = [f"unexpected argument {unknown[0]!r}."]
+    if faults:
+        raise ValueError(_message(faults))
+    values = load_yaml(arguments.config)
+    infos = dict(leaves())
+    for name, text in vars(arguments).items():
+        if name in infos and text is not None:
+            *sections, last = name.split(".")
+            target = values
+            for section in sections:
+                target = target.setdefault(section, {})
+            value = parse_yaml(text)
+            # `--run_dir 7` names a folder: where text is wanted, only null and a mapping are more than text.
+            textual = "str" in _type_name(infos[name]) and value is not None and not isinstance(value, dict)
+            target[last] = text if textual else value
+    return parse(values), arguments
+
+
+def _type_name(info: Any) -> str:
+    """`int | None` for what reads `Annotated[int, Field(gt=0)] | None` in the class."""
+
+    def name(annotation: Any) -> str:
+        if get_origin(annotation) is Annotated:
+            return name(get_args(annotation)[0])
+        if get_origin(annotation) is Literal:
+            return "|".join(get_args(annotation))
+        if get_origin(annotation) in (Union, UnionType):
+            return " | ".join(name(a) for a in get_args(annotation))
+        return {type(None): "null", dict[str, Any]: "mapping"}.get(annotation) or annotation.__name__
+
+    return name(info.annotation)
+
+
+def _message(faults: list[str]) -> str:
+    return "\n".join([f"the configuration has {len(faults)} fault(s):", *(f"  {fault}" for fault in faults)])
+
+
+def _unknown(name: str, what: str) -> str:
+    known = [known for known, _ in leaves()] + [f.name for f in fields(RunConfig)]
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.rsplit(".", 1)[-1] == last]
+    return f"unknown {what}{name}{f'; did you mean {near[0]}?' if near else ''}"
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"] if part not in ("str", "dict[str,any]"))
+    if error["type"] == "unexpected_keyword_argument":
+        return _unknown(name, "key ")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{name} is missing; set it in the file or with --{name}."
+    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}; got {error['input']!r}."

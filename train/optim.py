@@ -1,0 +1,54 @@
+"""Pure functions of the optimiser, the schedule and the batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import get_wsd_schedule
+
+from train.config import Optim, Schedule
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Every parameter in exactly one group: matrices decay; norms, biases, A_log, D and dt_bias, all vectors, do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, config: Optim) -> torch.optim.AdamW:
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(optim: Optim, schedule: Schedule, steps: int) -> Callable[[int], float]:
+    """The learning rate of step 1 … steps: warm-up, stable, decay (transformers' own WSD)."""
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    multiplier = get_wsd_schedule(
+        unused,
+        num_warmup_steps=round(schedule.warmup * steps),
+        num_decay_steps=round(schedule.decay * steps),
+        num_training_steps=steps,
+        min_lr_ratio=schedule.min_lr_ratio,
+        decay_type=schedule.decay_type,
+    ).lr_lambdas[0]
+    return lambda step: optim.lr * multiplier(step)
+
+
+def micro_batches(global_batch: int, micro_batch: int | None, rank: int, ranks: int) -> list[range]:
+    """The sample numbers, within a global batch, of each forward pass of this rank.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    share, rest = divmod(global_batch, ranks)
+    if rest:
+        raise ValueError(f"train.global_batch ({global_batch}) must be a multiple of the number of ranks ({ranks}).")
+    size = micro_batch or share
+    if share % size:
+        raise ValueError(
+            f"train.micro_batch ({size}) must divide a rank's share of the global batch ({global_batch} / {ranks} = {share})."
+        )
+    return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
