@@ -26,6 +26,7 @@ def load_model(folder: str | Path, *, backend: str = "auto", dtype: torch.dtype 
             backend=backend,
             dtype=dtype,
             output_loading_info=True,
+            use_safetensors=True,  # never a pickle
             ignore_mismatched_sizes=True,  # so that they are all listed below
         )
     except OSError as error:

@@ -13,6 +13,11 @@ from hybridlm.pattern import NEMOTRON_H_SYMBOLS, SYMBOLS, evenly_dispersed, unkn
 
 # Other spellings of our fields in published configs.
 SYNONYMS = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon", "mamba_n_groups": "n_groups"}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
+)
+NO_LIMIT = [0.0, math.inf]
 LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 
 
@@ -104,8 +109,9 @@ class HybridLMConfig(PreTrainedConfig):
 
     @property
     def is_nemotron_h(self) -> bool:
-        """Whether stock transformers' `nemotron_h` can hold this model."""
-        return set(self.hybrid_override_pattern) <= NEMOTRON_H_SYMBOLS and self.rope_theta is None
+        """Whether stock transformers' `nemotron_h` can hold this model; it knows no RoPE and ignores `time_step_limit`."""
+        stock = self.rope_theta is None and list(self.time_step_limit) == NO_LIMIT
+        return stock and set(self.hybrid_override_pattern) <= NEMOTRON_H_SYMBOLS
 
     @classmethod
     def from_strict_dict(cls, values: dict[str, Any]) -> "HybridLMConfig":
@@ -136,7 +142,7 @@ def to_disk(config: HybridLMConfig) -> dict[str, Any]:
     """The content of config.json: a `nemotron_h` model wherever one can hold this, and a form every reader of it takes."""
     values = config.to_diff_dict()
     values["num_hidden_layers"] = config.num_hidden_layers
-    if list(config.time_step_limit) == [0.0, math.inf]:
+    if list(config.time_step_limit) == NO_LIMIT:
         del values["time_step_limit"]  # the default everywhere, and JSON has no infinity
     if config.is_nemotron_h:
         del values["rope_theta"]
@@ -150,8 +156,8 @@ def to_disk(config: HybridLMConfig) -> dict[str, Any]:
 
 def from_disk(values: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `to_disk`, and the spellings of other writers of `nemotron_h`."""
-    if values.get("model_type") not in ("nemotron_h", "hybridlm"):
-        return values
+    if values.get("model_type", "hybridlm") not in ("nemotron_h", "hybridlm"):
+        raise ValueError(f"config.json has model_type {values['model_type']!r}; this library opens nemotron_h and hybridlm.")
     values = {SYNONYMS.get(key, key): value for key, value in values.items()}
     kinds = values.pop("layers_block_type", None)
     if kinds is not None and "hybrid_override_pattern" not in values:
@@ -164,18 +170,14 @@ def from_disk(values: dict[str, Any]) -> dict[str, Any]:
 
 def _faults(c: HybridLMConfig) -> list[str]:
     """Every broken invariant, each with what came and what to do."""
-    sizes = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-        *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
-    )
     faults = []
-    for name in sizes:
+    for name in SIZES:
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             faults.append(f"{name} must be a whole number of at least 1; got {value!r}.")
     for name in ("initializer_range", "layer_norm_epsilon", "time_step_min", "time_step_max", "time_step_floor"):
         value = getattr(c, name)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not _is_positive(value):
             faults.append(f"{name} must be a finite number above 0; got {value!r}.")
     if not isinstance(c.hybrid_override_pattern, str) or not c.hybrid_override_pattern:
         faults.append(f"hybrid_override_pattern must be a string with a symbol a layer; got {c.hybrid_override_pattern!r}.")
@@ -196,13 +198,18 @@ def _faults(c: HybridLMConfig) -> list[str]:
             "num_attention_heads must be a multiple of num_key_value_heads; "
             f"got {c.num_attention_heads} and {c.num_key_value_heads}."
         )
-    if c.rope_theta is not None and (not 0 < c.rope_theta < math.inf or c.head_dim % 2):
+    if c.rope_theta is not None and (not _is_positive(c.rope_theta) or c.head_dim % 2):
         faults.append(f"rope_theta must be a finite number above 0 and head_dim even; got {c.rope_theta!r} and {c.head_dim}.")
     if not c.time_step_min <= c.time_step_max:
         faults.append(f"time_step_min must not exceed time_step_max; got {c.time_step_min} and {c.time_step_max}.")
-    limit = list(c.time_step_limit)
-    if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
-        faults.append(f"time_step_limit must be two rising numbers of at least 0; got {c.time_step_limit!r}.")
+    limit = c.time_step_limit
+    if not isinstance(limit, (list, tuple)) or len(limit) != 2 or not all(isinstance(x, (int, float)) for x in limit):
+        faults.append(f"time_step_limit must be two numbers; got {limit!r}.")
+    elif not 0 <= limit[0] < limit[1]:
+        faults.append(f"time_step_limit must be two rising numbers of at least 0; got {limit!r}.")
+    for name in ("use_bias", "use_conv_bias", "mlp_bias", "attention_bias", "rescale_prenorm_residual"):
+        if not isinstance(getattr(c, name), bool):
+            faults.append(f"{name} must be true or false; got {getattr(c, name)!r}.")
     only = {
         "tie_word_embeddings": False, "attention_dropout": 0, "hidden_dropout": 0, "mlp_hidden_act": "relu2",
         "mamba_hidden_act": "silu", "mamba_ssm_cache_dtype": "float32", "residual_in_fp32": False,
@@ -211,3 +218,7 @@ def _faults(c: HybridLMConfig) -> list[str]:
         f"{k} must be {v!r}, the only kind there is; got {getattr(c, k)!r}." for k, v in only.items() if getattr(c, k) != v
     ]
     return faults
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

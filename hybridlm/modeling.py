@@ -16,6 +16,7 @@ from hybridlm.mixers.attention import rotary
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
 from hybridlm.ops import Ops, build_ops
+from hybridlm.ops.checks import check_seq_idx
 from hybridlm.ops.cross_entropy import IGNORE
 
 
@@ -26,6 +27,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = MIXERS[symbol](config, ops)
+        for name in ("out_proj", "o_proj", "down_proj"):
+            if hasattr(self.mixer, name):
+                getattr(self.mixer, name).into_residual = True  # starts smaller, see _init_weights
 
     def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, State | None]:
         y, state = self.mixer(self.norm(x), context, state)
@@ -45,7 +49,8 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         """The initialisation of every weight there is (facts in Mamba-2's and Nemotron-H's own code)."""
         c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=c.initializer_range)
+            into_residual = c.rescale_prenorm_residual and getattr(module, "into_residual", False)
+            init.normal_(module.weight, std=c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv1d):
@@ -62,11 +67,6 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         elif isinstance(module, (nn.RMSNorm, GatedNorm)):
             init.ones_(module.weight)
-        if isinstance(module, Block) and c.rescale_prenorm_residual:
-            for name in ("out_proj", "o_proj", "down_proj"):
-                if hasattr(module.mixer, name):
-                    std = c.initializer_range / math.sqrt(c.num_hidden_layers)
-                    init.normal_(getattr(module.mixer, name).weight, std=std)
 
 
 class HybridLMModel(HybridLMPreTrainedModel):
@@ -159,8 +159,11 @@ class HybridLMModel(HybridLMPreTrainedModel):
         if seq_idx is not None:
             if past:
                 raise ValueError(f"seq_idx does not go with a cache that has seen {past} positions; start a new cache.")
-            if tuple(seq_idx.shape) != (b, t) or (seq_idx.diff() < 0).any():
-                raise ValueError(f"seq_idx must have shape ({b}, {t}) and never fall along it; got shape {tuple(seq_idx.shape)}.")
+            check_seq_idx(seq_idx, b, t)
+            if (seq_idx.diff() < 0).any():
+                raise ValueError("seq_idx must never fall along a row: it numbers the documents in their order.")
+            if (seq_idx[:, 0] == seq_idx[:, -1]).all():
+                seq_idx = None  # every row is one document
             keys = seq_idx
         elif attention_mask is not None:
             if tuple(attention_mask.shape) != (b, past + t):
@@ -169,7 +172,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
                     f"got {tuple(attention_mask.shape)}."
                 )
             if not attention_mask.all():
-                keys = attention_mask.long()
+                keys = attention_mask.bool().long()
                 starts, ends = (keys.diff() > 0).sum(-1), (keys.diff() < 0).sum(-1)
                 if (starts + keys[:, 0] > 1).any() or (cache is not None and ends.any()):
                     raise ValueError(
@@ -240,17 +243,29 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if targets is not None:
+            self.check_targets(targets)
             loss = self.ops.cross_entropy(hidden, self.lm_head.weight, targets)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep]).float()
         if labels is not None:
+            if labels.shape[1] < 2:
+                raise ValueError("labels need at least two positions: the label at t + 1 is the target at t.")
+            self.check_targets(labels)
             nll = self.ops.cross_entropy(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
             loss = nll.sum() / (labels[:, 1:] != IGNORE).sum()
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
         return output if return_dict else output.to_tuple()
+
+    def check_targets(self, targets: Tensor) -> None:
+        bad = targets[((targets < 0) | (targets >= self.config.vocab_size)) & (targets != IGNORE)]
+        if len(bad):
+            raise ValueError(
+                f"target {bad[0].item()} is outside the vocabulary of {self.config.vocab_size} (vocab_size), "
+                f"and not {IGNORE} (no target)."
+            )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -1,13 +1,11 @@
 """`M`: the Mamba-2 layer (arXiv 2405.21060, section 7.1 and figure 6), as Nemotron-H has it."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from hybridlm.cache import State
-from hybridlm.configuration import HybridLMConfig
+from hybridlm.configuration import NO_LIMIT, HybridLMConfig
 from hybridlm.mixers.context import Context
 from hybridlm.ops import Ops
 
@@ -44,7 +42,7 @@ class Mamba2(nn.Module):
         u = u.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
         B, C = B.unflatten(-1, (c.n_groups, -1)), C.unflatten(-1, (c.n_groups, -1))
         dt = softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        if list(c.time_step_limit) != [0.0, math.inf]:
+        if list(c.time_step_limit) != NO_LIMIT:
             dt = dt.clamp(*c.time_step_limit)
         A = -torch.exp(self.A_log)
         if x.shape[1] == 1 and ssm_state is not None:

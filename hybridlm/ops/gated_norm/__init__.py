@@ -22,7 +22,7 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, eps: fl
     """
     sizes = check_shapes(("x", x, "b t d"), ("z", z, "b t d"))
     check_shape("weight", weight, "d", sizes)
-    if sizes["d"] % groups:
+    if groups < 1 or sizes["d"] % groups:
         raise ValueError(f"gated_norm: channels must be a multiple of groups; got {sizes['d']} channels and {groups} groups.")
     _, run = resolve("gated_norm", IMPLEMENTATIONS, backend)
     return run(x, z, weight, groups=groups, eps=eps)

@@ -28,12 +28,13 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
     dts = chunks(dt).unflatten(3, (g, r)).permute(0, 1, 3, 4, 2)
     Bs = chunks(B).permute(0, 1, 3, 2, 4)
     Cs = chunks(C).permute(0, 1, 3, 2, 4)
-    # Float64 for the cumulative sum: fp32 differences lose the small decays that follow a large dt.
-    log_decay = (dts.double() * A.double().view(g, r, 1)).cumsum(-1)
-    between = log_decay[..., :, None] - log_decay[..., None, :]  # from source position (last) to target position
     visible = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
+    # Float64 for the cumulative sum: fp32 differences lose the small decays that follow a large dt.
+    log_step = dts.double() * A.double().view(g, r, 1)
     leaves = enters = crosses = None
-    if seq_idx is not None:
+    if seq_idx is None:
+        log_decay = log_step.cumsum(-1)
+    else:
         document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, c * q - t)], dim=1).unflatten(1, (c, q))
         last = document[:, :, -1:]
         arriving = torch.cat([document[:, :1, :1], last[:, :-1]], dim=1)  # the document that the incoming state is of
@@ -41,6 +42,9 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
         leaves = (document == last)[:, :, None, None]  # positions whose input is in the state at the chunk's end
         enters = (document == arriving)[:, :, None, None]  # positions that the incoming state reaches
         crosses = (last == arriving)[:, :, None]  # chunks that the incoming state crosses
+        # A cumulative sum that starts anew with each document: no rounding of one reaches the gradients of another.
+        log_decay = log_step @ visible[:, :, 0].mT.double()
+    between = log_decay[..., :, None] - log_decay[..., None, :]  # from source position (last) to target position
 
     def decay(log: Tensor, where: Tensor | None) -> Tensor:
         # A difference of cumulative sums can round to above zero; a decay must never grow.

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from hybridlm.cache import HybridCache
+
+
+@pytest.fixture
+def cache():
+    """Three rows; a layer with two states, one with none, one with one; the value of an element is its row."""
+    made = HybridCache(3)
+    rows = torch.arange(1.0, 4.0)
+    made.states = [(rows[:, None].expand(3, 2), rows[:, None, None].expand(3, 2, 2)), None, (rows[:, None].expand(3, 4),)]
+    return made
+
+
+def rows(cache):
+    """The row that each row of each state came from, checked to be one and the same in all of it."""
+    seen = {tuple(t.flatten(1).T.unique(dim=0).flatten().tolist()) for s in cache.states if s is not None for t in s}
+    assert len(seen) == 1 and cache.states[1] is None
+    return list(seen.pop())
+
+
+def test_reordering_takes_row_beam_idx_i_to_row_i(cache):
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert rows(cache) == [3, 1, 1]
+
+
+def test_repeating_keeps_copies_side_by_side(cache):
+    cache.batch_repeat_interleave(2)
+    assert rows(cache) == [1, 1, 2, 2, 3, 3]
+
+
+def test_selecting_keeps_the_rows_named(cache):
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    assert rows(cache) == [3, 2]
+
+
+def test_forgetting_clears_the_rows_marked_and_no_other(cache):
+    cache.forget(torch.tensor([False, True, False]))
+    assert rows(cache) == [1, 0, 3]
+
+
+def test_bytes_are_those_of_the_tensors(tiny_model):
+    assert HybridCache(7).nbytes() == 0
+    cache = tiny_model()(torch.zeros(2, 9, dtype=torch.long), use_cache=True).past_key_values
+    mamba = 2 * 3 * (48 + 2 * 2 * 5) + 2 * 6 * 8 * 5  # conv: b k-1 d; ssm: b h p n
+    attention = 2 * 2 * 2 * 9 * 8  # k and v: b heads t head_dim
+    assert cache.nbytes() == 4 * (3 * mamba + attention)
+
+
+def test_the_state_of_mamba_does_not_grow(tiny_model):
+    model = tiny_model(hybrid_override_pattern="M-")
+    sizes = {model(torch.zeros(1, t, dtype=torch.long), use_cache=True).past_key_values.nbytes() for t in (1, 2, 9, 40)}
+    assert len(sizes) == 1
+
+
+def test_a_cache_counts_what_it_has_seen(tiny_model):
+    model = tiny_model()
+    cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    assert model(torch.zeros(1, 3, dtype=torch.long), past_key_values=cache).past_key_values is cache
+    assert cache.get_seq_length() == 8
+    assert model(torch.zeros(1, 5, dtype=torch.long)).past_key_values is None

@@ -1,0 +1,179 @@
+import json
+import math
+
+import pytest
+from transformers import AutoConfig, configuration_utils
+from transformers.models.nemotron_h import NemotronHConfig
+
+from hybridlm import HybridLMConfig
+from hybridlm.configuration import from_disk, to_disk
+
+
+def own(config):
+    """The fields that we declare, by name."""
+    return {name: getattr(config, name) for name in HybridLMConfig.__annotations__ if hasattr(config, name)}
+
+
+def test_all_faults_come_in_one_message(tiny_config):
+    with pytest.raises(ValueError) as error:
+        tiny_config(vocab_size=0, hidden_size=2.5, head_dim="8", layer_norm_epsilon=0.0, hybrid_override_pattern="MX-?")
+    message = str(error.value)
+    for fault in ("5 fault(s)", "vocab_size", "got 0", "got 2.5", "got '8'", "layer_norm_epsilon", "unknown symbol(s) 'X?'"):
+        assert fault in message
+
+
+def test_all_broken_relations_come_in_one_message(tiny_config):
+    with pytest.raises(ValueError) as error:
+        tiny_config(
+            **{"n_groups": 4, "num_key_value_heads": 3, "head_dim": 7, "rope_theta": 1e4, "time_step_min": 0.5},
+            **{"time_step_limit": [1.0, 0.5], "hidden_dropout": 0.1, "tie_word_embeddings": True, "mlp_hidden_act": "gelu"},
+        )
+    message = str(error.value)
+    relations = ("6 heads and 4 groups", "num_key_value_heads; got 4 and 3", "head_dim even", "time_step_min must not exceed")
+    for fault in ("8 fault(s)", *relations, "two rising numbers", "hidden_dropout", "tie_word_embeddings", "'gelu'"):
+        assert fault in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hybrid_override_pattern": ""},
+        {"hybrid_override_pattern": None},
+        {"hybrid_override_pattern": "ME-"},
+        {"conv_kernel": 0},
+        {"chunk_size": True},
+        {"time_step_floor": math.inf},
+        {"initializer_range": -1},
+        {"time_step_limit": [0.1]},
+        {"rope_theta": -1.0},
+        {"rope_theta": "10000"},
+        {"time_step_limit": None},
+        {"time_step_limit": ["a", "b"]},
+        {"use_bias": "no"},
+        {"attention_dropout": 0.1},
+        {"residual_in_fp32": True},
+        {"mamba_ssm_cache_dtype": "bfloat16"},
+        {"mamba_hidden_act": "relu"},
+    ],
+)
+def test_a_fault_names_its_field(changes, tiny_config):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        tiny_config(**changes)
+
+
+def test_an_unknown_key_is_an_error_with_the_nearest(tiny):
+    assert HybridLMConfig.from_strict_dict(tiny()).hidden_size == 32
+    with pytest.raises(ValueError, match=r"hiden_size \(did you mean hidden_size\?\), zzz\.$"):
+        HybridLMConfig.from_strict_dict(tiny(hiden_size=3, zzz=1))
+
+
+def test_the_depth_is_the_length_of_the_pattern(tiny_config):
+    assert tiny_config().num_hidden_layers == 7
+    assert tiny_config(hybrid_override_pattern="M-", num_hidden_layers=99).num_hidden_layers == 2
+
+
+def test_derived_widths_do_not_use_expand(tiny_config):
+    config = tiny_config(expand=17)
+    assert config.mamba_inner_size == 6 * 8
+    assert config.mamba_conv_size == 6 * 8 + 2 * 2 * 5
+
+
+CHANGES = [
+    {},
+    {"rope_theta": 5000.0},
+    {"time_step_limit": (0.01, 0.5)},
+    {"time_step_limit": (0.01, math.inf), "rope_theta": 1e4},
+    {"time_step_min": 0.02, "pad_token_id": None, "bos_token_id": None, "eos_token_id": [3, 4]},
+    {"use_conv_bias": False, "use_bias": True, "mlp_bias": True, "attention_bias": True, "layer_norm_epsilon": 1e-6},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_the_way_to_disk_and_back_changes_nothing(changes, tiny_config, tmp_path):
+    config = tiny_config(**changes)
+    config.save_pretrained(tmp_path)
+    back = HybridLMConfig.from_pretrained(tmp_path)
+    there, here = own(config), own(back)
+    assert list(there.pop("time_step_limit")) == list(here.pop("time_step_limit"))
+    assert there == here
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(to_disk(config)))
+    assert back.model_type == "hybridlm"
+
+
+def test_opening_a_nemotron_h_folder_warns_of_nothing(tiny_config, tmp_path, monkeypatch):
+    tiny_config().save_pretrained(tmp_path)
+    warnings = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", warnings.append)
+    HybridLMConfig.from_pretrained(tmp_path)
+    assert warnings == []
+
+
+def test_from_disk_undoes_to_disk(tiny_config):
+    config = tiny_config(time_step_min=0.01)
+    assert own(HybridLMConfig(**from_disk(to_disk(config)))) == own(config)
+
+
+def test_on_disk_it_is_a_nemotron_h_that_every_reader_takes(tiny_config, tmp_path):
+    tiny_config(time_step_min=0.02).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    on_disk = json.loads(text)
+    expected = {
+        "model_type": "nemotron_h",
+        "architectures": ["NemotronHForCausalLM"],
+        "hybrid_override_pattern": "M-M*-M-",
+        "num_hidden_layers": 7,
+        "head_dim": 8,
+        "layer_norm_epsilon": 1e-5,
+        "mamba_ssm_cache_dtype": "float32",
+        "time_step_min": 1e-30,
+    }
+    assert {key: on_disk[key] for key in expected} == expected
+    assert not {"layers_block_type", "attention_head_dim", "rms_norm_eps", "rope_theta", "backend", "ops"} & on_disk.keys()
+    assert "Infinity" not in text
+    stock = AutoConfig.from_pretrained(tmp_path)
+    assert type(stock) is NemotronHConfig
+    assert stock.layers_block_type == [{"M": "linear_attention", "*": "full_attention", "-": "mlp"}[s] for s in "M-M*-M-"]
+    assert (stock.head_dim, stock.mamba_num_heads, stock.n_groups) == (8, 6, 2)
+
+
+def test_with_rope_it_is_a_hybridlm_on_disk(tiny_config, tmp_path):
+    tiny_config(rope_theta=1e4).save_pretrained(tmp_path)
+    on_disk = json.loads((tmp_path / "config.json").read_text())
+    assert (on_disk["model_type"], on_disk["rope_theta"], on_disk["time_step_min"]) == ("hybridlm", 1e4, 0.001)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is HybridLMConfig
+
+
+def test_a_config_that_stock_transformers_saved_opens(tiny, tmp_path):
+    fields = tiny(layer_norm_epsilon=1e-6, time_step_min=0.002)
+    del fields["hybrid_override_pattern"]
+    kinds = ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]
+    NemotronHConfig(**fields, layers_block_type=kinds).save_pretrained(tmp_path)
+    assert "hybrid_override_pattern" not in json.loads((tmp_path / "config.json").read_text())
+    config = HybridLMConfig.from_pretrained(tmp_path)
+    assert config.hybrid_override_pattern == "M-M*-"
+    assert {key: getattr(config, key) for key in fields} == fields
+    assert list(config.time_step_limit) == [0.0, math.inf]
+
+
+@pytest.mark.parametrize("kinds", [["mamba", "moe"], ["mamba", "mlp", "convolution"]])
+def test_layers_that_we_lack_are_an_error(kinds, tiny, tmp_path):
+    fields = tiny(layers_block_type=kinds, model_type="nemotron_h")
+    del fields["hybrid_override_pattern"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="unknown symbol"):
+        HybridLMConfig.from_pretrained(tmp_path)
+
+
+def test_nvidias_spellings_open(tiny, tmp_path):
+    fields = tiny(model_type="nemotron_h", num_hidden_layers=7, time_step_limit=[0.0, float("inf")])
+    del fields["head_dim"], fields["n_groups"]
+    fields |= {"attention_head_dim": 12, "rms_norm_eps": 1e-6, "mamba_n_groups": 3, "architectures": ["NemotronHForCausalLM"]}
+    fields |= {"auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}, "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = HybridLMConfig.from_pretrained(tmp_path)
+    assert (config.head_dim, config.layer_norm_epsilon, config.n_groups) == (12, 1e-6, 3)
+    assert config.hybrid_override_pattern == "M-M*-M-"
+
+
+def test_the_defaults_are_the_8b():
+    assert HybridLMConfig().hybrid_override_pattern == "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"

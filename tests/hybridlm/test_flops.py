@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridlm.flops import forward_flops, peak_flops, training_flops
+
+aten = torch.ops.aten
+CHUNK = 8
+
+
+def operators_flops(model, b, t):
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(b, t, dtype=torch.long))
+    return counter.get_flop_counts()["Global"]
+
+
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "M-", "*-", "MM-**"])
+@pytest.mark.parametrize(("b", "t"), [(1, CHUNK), (2, 3 * CHUNK)])
+def test_projections_and_ssd_count_as_the_operators_run(pattern, b, t, tiny_model):
+    model = tiny_model(hybrid_override_pattern=pattern, chunk_size=CHUNK)
+    counted, ran = forward_flops(model.config, t, chunk=CHUNK), operators_flops(model, b, t)
+    assert (counted["linear"] + counted["head"]) * b * t == ran[aten.mm] + ran.get(aten.addmm, 0)
+    assert counted["ssd"] * b * t == ran.get(aten.bmm, 0)
+
+
+def test_biases_do_not_count(tiny_model):
+    model = tiny_model(use_bias=True, mlp_bias=True, attention_bias=True)
+    counted, ran = forward_flops(model.config, CHUNK, chunk=CHUNK), operators_flops(model, 1, CHUNK)
+    assert (counted["linear"] + counted["head"]) * CHUNK == ran.get(aten.mm, 0) + ran[aten.addmm]
+
+
+@pytest.mark.parametrize("t", [1, 9, 64])
+def test_attention_counts_the_pairs_that_the_mask_lets_through(t, tiny_config):
+    config = tiny_config(hybrid_override_pattern="M**-")
+    pairs = torch.ones(t, t).tril().sum().item()
+    of_a_pair = 2 * 2 * config.num_attention_heads * config.head_dim  # q k^T and the weights with v
+    assert forward_flops(config, t)["attention"] * t == 2 * pairs * of_a_pair
+
+
+def test_the_convolution_counts_its_window(tiny_config):
+    config = tiny_config()
+    assert forward_flops(config, 16)["conv"] == 3 * 2 * config.mamba_conv_size * config.conv_kernel
+
+
+def test_the_configs_own_chunk_plays_no_part(tiny_config):
+    assert forward_flops(tiny_config(chunk_size=8), 256) == forward_flops(tiny_config(chunk_size=64), 256)
+
+
+def test_training_is_three_forwards(tiny_config):
+    assert training_flops(tiny_config(), 64) == 3 * sum(forward_flops(tiny_config(), 64).values())
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-40GB", "fp8", None),
+        ("cpu", "fp32", None),
+    ],
+)
+def test_the_peak_is_known_or_none(device, precision, peak):
+    assert peak_flops(device, precision) == peak

@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.config import argument_parser, differences, dump, leaves, parse, parse_command_line
+
+TINY = {"run_dir": "r", "model": {"config": "configs/model/tiny.yaml"}}
+
+
+@pytest.mark.parametrize("file", sorted(p for p in Path("configs").rglob("*.yaml") if p.parent.name != "model"), ids=str)
+def test_every_run_in_configs_parses_and_its_dump_reads_back_the_same(file):
+    config, _ = parse_command_line(["--config", str(file)])
+    assert parse(yaml.safe_load(dump(config))) == config
+    assert config.model.config is None or isinstance(config.model.config, dict)
+
+
+def test_all_faults_come_in_one_message_with_the_nearest_key():
+    values = TINY | {"optim": {"lr": "fast", "wieght_decay": 1}, "trian": {}, "train": {"steps": "010", "val_every": 0}}
+    with pytest.raises(ValueError) as error:
+        parse(values)
+    parts = ["5 fault(s)", "optim.lr: ", "'fast'", "optim.wieght_decay; did you mean optim.weight_decay?"]
+    parts += ["trian; did you mean train?", "train.steps: ", "'010'", "train.val_every: ", "got 0"]
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_faults_of_the_model_shape_are_told_too():
+    with pytest.raises(ValueError, match=r"unknown model config key.*hiden_size \(did you mean hidden_size\?\)"):
+        parse({"run_dir": "r", "model": {"config": {"hiden_size": 3}}})
+    shape = yaml.safe_load(Path("configs/model/tiny.yaml").read_text())
+    with pytest.raises(ValueError, match="4 heads and 3 groups"):
+        parse({"run_dir": "r", "model": {"config": shape | {"n_groups": 3}}})
+    with pytest.raises(ValueError, match="unknown symbol"):
+        parse({"run_dir": "r", "model": {"config": shape | {"hybrid_override_pattern": "M-X"}}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"run_dir": "r"}, "model.config"),
+        ({"model": {"config": "configs/model/tiny.yaml"}}, "run_dir is missing"),
+        (TINY | {"schedule": {"warmup": 0.6, "decay": 0.6}}, "together at most 1"),
+        (TINY | {"train": {"precision": "fp8"}}, "fp8"),
+        (TINY | {"model": {"config": "nothing.yaml"}}, "no file nothing.yaml"),
+        (TINY | {"optim": {"lr": -1.0}}, "greater than 0"),
+        (TINY | {"log": {"wandb": "no"}}, "valid boolean"),
+    ],
+)
+def test_a_bad_setting_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        parse(values)
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("run_dir: a\nmodel: {config: configs/model/tiny.yaml}\ntrain: {steps: 5}\n")
+    argv = [
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--run_dir",
+        "7",
+        "--optim.lr",
+        "3e-4",
+        "--train.steps=9",
+        "--log.wandb",
+        "true",
+    ]
+    config, arguments = parse_command_line([*argv, "--data.val_source", "null", "--resume", "never"])
+    assert (config.run_dir, config.optim.lr, config.train.steps, config.log.wandb) == ("7", 3e-4, 9, True)
+    assert config.data.val_source is None
+    assert arguments.resume == "never"
+
+
+def test_an_unknown_flag_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"--optim.rl; did you mean optim.lr\?"):
+        parse_command_line(["--config", "configs/demo.yaml", "--optim.rl", "3"])
+
+
+def test_init_from_stands_in_the_place_of_the_shape():
+    config = parse(TINY | {"model": {"config": "configs/model/tiny.yaml", "init_from": "somewhere"}})
+    assert (config.model.config, config.model.init_from) == (None, "somewhere")
+
+
+def test_help_shows_every_setting_with_a_type_a_default_and_a_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        argument_parser().parse_args(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for name, info in leaves():
+        assert f"--{name}" in shown
+        assert info.description
+    assert "(int | null, default None)" in shown
+
+
+def test_differences_name_the_leaf():
+    assert list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4})) == ["a.c: 2 -> 3", "d: None -> 4"]

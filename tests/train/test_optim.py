@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from train.config import Optim, Schedule
+from train.optim import learning_rate, micro_batches, parameter_groups
+
+
+def test_every_parameter_is_in_exactly_one_group_and_vectors_do_not_decay():
+    config = HybridLMConfig(
+        vocab_size=10, hidden_size=16, hybrid_override_pattern="M*-", intermediate_size=16, ssm_state_size=4, mamba_num_heads=4,
+        mamba_head_dim=8, n_groups=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, use_bias=True, mlp_bias=True,
+        attention_bias=True,
+    )  # fmt: skip
+    model = HybridLMForCausalLM(config)
+    decays, rests = parameter_groups(model, 0.1)
+    assert (decays["weight_decay"], rests["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    grouped = [id(p) for group in (decays, rests) for p in group["params"]]
+    assert sorted(grouped) == sorted(names)
+    without = {names[id(p)] for p in rests["params"]}
+    assert without == {n for n in names.values() if n.endswith(("A_log", ".D", "dt_bias", "bias")) or "norm" in n}
+
+
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "1-sqrt"])
+def test_the_rate_warms_up_stays_and_falls_to_its_least(decay_type):
+    schedule = Schedule(warmup=0.1, decay=0.2, decay_type=decay_type, min_lr_ratio=0.01)
+    rate = learning_rate(Optim(lr=2.0), schedule, 100)
+    rates = [rate(step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2, rel=0.1)
+    assert rates[:10] == sorted(set(rates[:10]))
+    assert rates[9:80] == pytest.approx([2.0] * 71)
+    assert rates[79:] == sorted(set(rates[79:]), reverse=True)
+    assert rates[-1] == pytest.approx(0.02)
+
+
+def test_1_sqrt_is_the_published_curve():
+    rate = learning_rate(Optim(lr=1.0), Schedule(warmup=0.0, decay=0.5, decay_type="1-sqrt", min_lr_ratio=0.0), 100)
+    assert rate(75) == pytest.approx(1 - (25 / 50) ** 0.5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_any_number_of_ranks_takes_each_sample_of_the_batch_once(ranks, micro):
+    taken = [i for rank in range(ranks) for rows in micro_batches(12, micro, rank, ranks) for i in rows]
+    assert sorted(taken) == list(range(12))
+    assert taken == list(range(12))
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"global_batch \(12\) must be a multiple of the number of ranks \(5\)"):
+        micro_batches(12, None, 0, 5)
+    with pytest.raises(ValueError, match=r"micro_batch \(4\) must divide"):
+        micro_batches(12, 4, 0, 2)
+
+
+def test_adamw_is_torchs_own():
+    from train.optim import adamw
+
+    optimizer = adamw(torch.nn.Linear(2, 2), Optim(beta1=0.8, beta2=0.9, eps=1e-6))
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
