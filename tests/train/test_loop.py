@@ -1,0 +1,247 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybridlm import HybridLMForCausalLM
+from train.config import dump
+from train.loop import next_token_loss, train
+
+
+def lines(config, key="loss"):
+    rows = [json.loads(text) for text in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if key in row]
+
+
+def weights(config):
+    return load_file(Path(config.run_dir) / "model" / "model.safetensors")
+
+
+def assert_same_end(a, b):
+    """Weights, optimiser state and random numbers are equal bit for bit."""
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        x, y = (load_file(Path(c.run_dir) / "checkpoints" / "step-8" / file) for c in (a, b))
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def after(calls, action):
+    """A loss that does `action` in its `calls`-th call."""
+    count = 0
+
+    def loss(model, batch):
+        nonlocal count
+        count += model.training
+        if count == calls:
+            count += 1
+            action()
+        return next_token_loss(model, batch)
+
+    return loss
+
+
+def test_a_run_learns_and_leaves_what_the_contract_names(make_config):
+    config = make_config(train__steps=40, schedule__decay=0.5)
+    train(config)
+    run = Path(config.run_dir)
+    assert yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(dump(config))
+    fields = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"}
+    steps, validations = lines(config), lines(config, "val_loss")
+    assert all(set(line) == fields for line in steps)
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert steps[-1]["tokens"] == 40 * 4 * 32
+    assert steps[0]["mfu"] is None
+    assert all(set(line) == {"step", "tokens", "val_loss", "val_bits_per_byte"} for line in validations)
+    assert [line["step"] for line in validations] == [0, *range(4, 41, 4)]
+    assert validations[0]["val_loss"] == pytest.approx(math.log(258), abs=0.3)
+    assert validations[-1]["val_loss"] < validations[0]["val_loss"] - 2
+    assert validations[-1]["val_bits_per_byte"] == pytest.approx(validations[-1]["val_loss"] / math.log(2))
+    samples = [json.loads(text) for text in (run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [line["step"] for line in validations]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-36", "step-40"]
+    assert os.readlink(run / "model") == "checkpoints/step-40/model"
+
+
+def test_the_model_folder_opens_in_stock_transformers_with_our_logits(make_config):
+    config = make_config()
+    train(config)
+    folder = Path(config.run_dir) / "model"
+    stock, ours = AutoModelForCausalLM.from_pretrained(folder), HybridLMForCausalLM.from_pretrained(folder)
+    assert type(stock).__name__ == "NemotronHForCausalLM"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the cat saw an owl on a mat", return_tensors="pt").input_ids
+    with torch.no_grad():
+        a, b = ours(ids).logits, stock(ids).logits
+    assert (a - b).abs().max() / b.abs().max() < 1e-4
+    assert stock.generation_config.eos_token_id == tokenizer.eos_token_id == 256
+
+
+def test_a_run_cut_off_between_checkpoints_ends_as_if_nothing_had_happened(make_config, tmp_path):
+    whole, cut = make_config(), make_config(run_dir=str(tmp_path / "cut"))
+    train(whole)
+
+    def crash():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, loss=after(7, crash))
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-4"]
+    train(cut)
+    assert_same_end(whole, cut)
+    assert [line["loss"] for line in lines(whole)] == [line["loss"] for line in lines(cut)]
+    assert lines(whole, "val_loss") == lines(cut, "val_loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_at_hand_and_the_same_command_goes_on(make_config, tmp_path, number):
+    whole, cut = make_config(), make_config(run_dir=str(tmp_path / "cut"))
+    train(whole)
+    before = signal.getsignal(number)
+    train(cut, loss=after(6, lambda: os.kill(os.getpid(), number)))
+    assert signal.getsignal(number) is before
+    assert os.readlink(tmp_path / "cut" / "model") == "checkpoints/step-6/model"
+    train(cut)
+    assert_same_end(whole, cut)
+
+
+def test_a_finished_run_started_again_changes_nothing(make_config):
+    config = make_config()
+    train(config)
+    before = {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
+    train(config)
+    assert {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()} == before
+
+
+def test_accumulation_does_not_change_the_losses(make_config, tmp_path):
+    whole, parts = make_config(), make_config(run_dir=str(tmp_path / "parts"), train__micro_batch=1)
+    train(whole)
+    train(parts)
+    for a, b in zip(lines(whole), lines(parts), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_the_targets_of_the_whole_batch(make_config):
+    config = make_config(train__steps=1, train__micro_batch=1)
+    sums, counts = [], []
+
+    def loss(model, batch):
+        nll = next_token_loss(model, batch)
+        sums.append(nll.sum().item())
+        counts.append((batch["targets"] != -100).sum().item())
+        return nll
+
+    train(config, loss=loss)
+    assert len(set(counts)) > 1  # some windows cross a document's end
+    assert lines(config)[0]["loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+
+
+def test_training_goes_on_from_a_checkpoint_with_the_loss_where_it_was(make_config, tmp_path):
+    first = make_config()
+    train(first)
+    second = make_config(run_dir=str(tmp_path / "second"), model__init_from=str(Path(first.run_dir) / "model"), train__steps=2)
+    train(second)
+    assert lines(second, "val_loss")[0]["val_loss"] == pytest.approx(lines(first, "val_loss")[-1]["val_loss"], abs=1e-6)
+    assert any(not torch.equal(a, weights(first)[name]) for name, a in weights(second).items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_it_touches_the_weights(make_config, bad):
+    config = make_config()
+    train(make_config(train__steps=4, schedule__decay=0.0), allow_config_change=True)
+    before = weights(config)
+
+    def loss(model, batch):
+        return next_token_loss(model, batch) * bad
+
+    with pytest.raises(FloatingPointError, match="step 5"):
+        train(make_config(schedule__decay=0.0), allow_config_change=True, loss=loss)
+    assert all(torch.equal(a, before[name]) for name, a in weights(config).items())
+
+
+def test_the_seed_decides_everything(make_config, tmp_path):
+    configs = [make_config(run_dir=str(tmp_path / str(i)), seed=seed, train__steps=2) for i, seed in enumerate([1, 1, 2])]
+    for config in configs:
+        train(config)
+    a, b, c = ([line["loss"] for line in lines(config)] for config in configs)
+    assert a == b
+    assert a != c
+
+
+def test_sampling_text_does_not_touch_the_random_numbers_of_the_run(make_config, tmp_path):
+    talks, silent = make_config(), make_config(run_dir=str(tmp_path / "silent"), log__sample_tokens=0)
+    train(talks)
+    train(silent)
+    assert_same_end(talks, silent)
+
+
+def test_bf16_trains_with_the_weights_in_fp32(make_config):
+    config = make_config(train__precision="bf16")
+    train(config)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(config).values())
+    assert lines(config)[-1]["loss"] < lines(config)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model__config": "small"}, "258 tokens and the model only vocab_size=100"),
+        ({"train__micro_batch": 3}, r"micro_batch \(3\) must divide"),
+        ({"data__source": "./nothing"}, "does not exist"),
+        ({"model__init_from": "./nothing"}, "no checkpoint folder"),
+    ],
+)
+def test_bad_input_is_named(make_config, change, message):
+    if change.get("model__config") == "small":
+        change = {"model__config": make_config().model.config | {"vocab_size": 100}}
+    config = make_config(**change)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not (Path(config.run_dir) / "checkpoints").exists()
+
+
+def test_data_that_changed_under_a_run_is_refused(make_config, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 50)
+    config = make_config(data__source=str(tmp_path / "text.txt"), train__steps=4, schedule__decay=0.0)
+    train(config)
+    (tmp_path / "text.txt").write_text("a dog " * 200)
+    longer = make_config(data__source=str(tmp_path / "text.txt"), schedule__decay=0.0)
+    with pytest.raises(ValueError, match=r"is not what .* was trained on"):
+        train(longer, allow_config_change=True)
+
+
+def test_two_processes_train_as_one_does(make_config, tmp_path):
+    one, two = make_config(), make_config(run_dir=str(tmp_path / "two"))
+    train(one)
+    (tmp_path / "two.yaml").write_text(dump(two))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "--config", tmp_path / "two.yaml"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "val_loss"):
+        a, b = lines(one, key), lines(two, key)
+        assert [x["step"] for x in a] == [x["step"] for x in b]
+        assert [x[key] for x in a] == pytest.approx([x[key] for x in b], abs=1e-5)
+
+
+def test_wandb_without_a_key_is_offline_and_asks_nothing(make_config, tmp_path):
+    config = make_config(log__wandb=True, train__steps=2)
+    (tmp_path / "run.yaml").write_text(dump(config))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "train", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "offline" in done.stdout
+    assert list(Path(config.run_dir).glob("wandb/offline-run-*"))
