@@ -23,8 +23,11 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the first step, or a second time
+        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         return 1
     return 0
 

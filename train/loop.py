@@ -1,35 +1,28 @@
 """The training loop, from top to bottom."""
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.checkpoint import load_model, load_tokenizer
 from hybridlm.data.sampler import Sampler
-from hybridlm.data.shards import Shards, prepare
-from hybridlm.data.sources import split_source
 from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
-from hybridlm.scoring import score, windows
-from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint
 from train.config import RunConfig
 from train.optim import adamw, learning_rate, micro_batches
 from train.run import append, claim, drop_after
+from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
+from train.validation import sample_text, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +57,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     model = build_model(config)
     tokenizer = build_tokenizer(config, model)
     with accelerator.main_process_first():
-        start_from = claim(config, resume, allow_config_change) if main else None
         train_shards, val_shards = open_data(config, tokenizer, model.config.vocab_size, quiet=not main)
+        start_from = claim(config, resume, allow_config_change) if main else None
     if not main and resume != "never":
         start_from = checkpoint.newest(run_dir) if resume == "auto" else Path(resume)
     sampler = Sampler(train_shards, config.data.seq_len, config.seed)
@@ -122,7 +115,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             validate()
         logged_tokens, clock = tokens, time.perf_counter()
         while step < config.train.steps:
-            first = step * config.train.global_batch
+            first = tokens // config.data.seq_len  # the position in the data: the number of the next sample
             samples = [sampler.batch(first + rows.start, first + rows.stop) for rows in batches]
             counted = sum(int((sample["targets"] != IGNORE).sum()) for sample in samples)
             # One message for both: all ranks stop before the same step.
@@ -189,115 +182,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         print(f"{ended}: {run_dir / 'model'}")
 
 
-def build_model(config: RunConfig) -> HybridLMForCausalLM:
-    if config.model.init_from is not None:
-        return load_model(config.model.init_from, backend=config.ops.backend).train()
-    assert isinstance(config.model.config, dict)
-    return HybridLMForCausalLM(HybridLMConfig.from_strict_dict(config.model.config), backend=config.ops.backend).train()
-
-
-def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run; the model's configuration takes its special ids.
-
-    Raises:
-        ValueError: it has more tokens than the model has embeddings.
-    """
-    name = config.data.tokenizer or config.model.init_from
-    tokenizer = byte_tokenizer() if name is None else load_tokenizer(name)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {name or 'bytes'} has {len(tokenizer)} tokens and the model only "
-            f"vocab_size={model.config.vocab_size}; set vocab_size to at least {len(tokenizer)}."
-        )
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, key, getattr(tokenizer, key))
-        setattr(model.generation_config, key, getattr(tokenizer, key))
-    return tokenizer
-
-
-def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Shards, Shards]:
-    data = config.data
-    documents = split_source(data.source, data.val_source, data.val_fraction, data.text_column)
-    train_shards, val_shards = (prepare(d, tokenizer, Path(data.cache_dir).expanduser(), quiet) for d in documents)
-    for shards in (train_shards, val_shards):
-        if shards.meta["largest_id"] >= vocab_size:
-            raise ValueError(
-                f"{shards.meta['source']} has token id {shards.meta['largest_id']}, past the vocabulary of the model "
-                f"(vocab_size={vocab_size}); set vocab_size to the tokenizer's, or take the model's own tokenizer."
-            )
-    return train_shards, val_shards
-
-
-def validation_loss(
-    accelerator: Accelerator, model: HybridLMForCausalLM, shards: Shards, config: RunConfig
-) -> tuple[float, float]:
-    """Nats per token and bits per byte over `val_sequences` windows, spread evenly; each rank scores its share."""
-    size = config.data.seq_len
-    starts = np.concatenate([[0], shards.documents[:-1, 0]])
-    # An end token is no text: it is left out here, as in every evaluation.
-    documents = (shards.read(np.arange(start, end - 1)) for start, end in zip(starts, shards.documents[:, 0], strict=True))
-    chosen = list(windows(documents, size))
-    if config.train.val_sequences is not None and config.train.val_sequences < len(chosen):
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, config.train.val_sequences).round().astype(int)]
-    mine = chosen[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(
-        total=sum(len(w) - 1 for w in mine), desc="validation", unit="token", leave=False, disable=not accelerator.is_main_process
-    )
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    if mine:
-        with accelerator.autocast():
-            result = score(model, mine, size, bytes=0, batch_size=max(1, 8192 // size), advance=bar.update)
-        sums += torch.tensor([result.nats.sum(), result.tokens.sum()], device=accelerator.device)
-    bar.close()
-    nats, tokens = accelerator.reduce(sums).tolist()
-    if tokens == 0:
-        raise ValueError("the validation documents have no position with a target; give longer ones (data.val_source).")
-    predicted = len(shards) - 2 * len(shards.documents)
-    return nats / tokens, nats / tokens / math.log(2) * predicted / shards.meta["bytes"]
-
-
-@torch.no_grad()
-def sample_text(model: HybridLMForCausalLM, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str:
-    """What the model makes of the prompt. The run's own random numbers are left as they were."""
-    prompt = tokenizer(config.log.sample_prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
-    model.eval()
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        ids: Tensor = model.generate(prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50)  # type: ignore[misc, assignment]
-    model.train()
-    return str(tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True))
-
-
 def memory_bytes(device: torch.device) -> int:
     """Peak bytes on a GPU; the process's resident bytes on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def describe(
-    config: RunConfig, model: HybridLMForCausalLM, train_shards: Shards, val_shards: Shards, accelerator: Accelerator, step: int
-) -> None:
-    batch = config.train.global_batch * config.data.seq_len
-    total = config.train.steps * batch
-    print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.hybrid_override_pattern}")
-    print(f"data        {train_shards.meta['source']}: {len(train_shards):,} tokens; validation {len(val_shards):,}")
-    print(f"training    {config.train.steps:,} steps of {batch:,} tokens = {total / len(train_shards):.2f} epochs")
-    print(f"machine     {accelerator.num_processes} process(es) on {accelerator.device}, {config.train.precision}")
-    print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)
-    if config.train.precision == "bf16" and accelerator.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning("this CPU has no bf16 units: train.precision=bf16 will be many times slower than fp32 here.")
-
-
-def start_wandb(accelerator: Accelerator, config: RunConfig) -> None:
-    if config.log.wandb:
-        import wandb
-
-        mode = "online" if wandb.login(prompt=False) else "offline"
-        where = {"dir": config.run_dir, "mode": mode, "name": Path(config.run_dir).name}
-        accelerator.init_trackers(config.log.wandb_project, init_kwargs={"wandb": where})
-        print(
-            f"wandb       {mode}"
-            + ("" if mode == "online" else f" (no key is configured); later: wandb sync {config.run_dir}/wandb/…")
-        )
 
 
 @contextmanager

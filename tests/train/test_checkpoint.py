@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint
 from train.config import Optim
-from train.loop import build_model
 from train.optim import adamw
+from train.setup import build_model
 
 
 @pytest.fixture

@@ -184,6 +184,17 @@ def test_sampling_text_does_not_touch_the_random_numbers_of_the_run(make_config,
     assert_same_end(talks, silent)
 
 
+def test_a_changed_batch_goes_on_in_the_data_where_the_run_was(make_config, monkeypatch):
+    from hybridlm.data.sampler import Sampler
+
+    taken = []
+    batch = Sampler.batch
+    monkeypatch.setattr(Sampler, "batch", lambda self, start, stop: taken.extend(range(start, stop)) or batch(self, start, stop))
+    train(make_config(train__steps=4))
+    train(make_config(train__steps=6, train__global_batch=2), allow_config_change=True)
+    assert taken == list(range(4 * 4 + 2 * 2))
+
+
 def test_bf16_trains_with_the_weights_in_fp32(make_config):
     config = make_config(train__precision="bf16")
     train(config)
@@ -206,7 +217,7 @@ def test_bad_input_is_named(make_config, change, message):
     config = make_config(**change)
     with pytest.raises(ValueError, match=message):
         train(config)
-    assert not (Path(config.run_dir) / "checkpoints").exists()
+    assert not Path(config.run_dir).exists()  # the corrected command must not find another run in its way
 
 
 def test_data_that_changed_under_a_run_is_refused(make_config, tmp_path):
