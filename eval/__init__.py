@@ -1,0 +1,1 @@
+"""The evaluation application: `python -m eval {perplexity,throughput,report} …`."""

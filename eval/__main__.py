@@ -1,0 +1,123 @@
+"""`python -m eval …`: exit 0 done, 2 usage or bad input (one line on stderr), 1 failure."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# What each command does is imported when it is called: torch takes seconds, and --help and a typo should not.
+
+
+def perplexity(args: argparse.Namespace) -> None:
+    from eval.perplexity import COLUMNS, evaluate
+
+    rows = evaluate(args.model, args.data, args.window, carry=args.carry, batch_size=args.batch, max_bytes=args.max_bytes)
+    output(rows[0] if len(rows) == 1 else rows, rows, COLUMNS, args.json)
+
+
+def throughput(args: argparse.Namespace) -> None:
+    from eval.throughput import COLUMNS, beside_twin, evaluate
+
+    rows = evaluate(args.model, args.prompt, args.new, args.batch, repeats=args.repeats, twin=not args.no_twin)
+    output(rows, beside_twin(rows), COLUMNS, args.json)
+
+
+def report(args: argparse.Namespace) -> None:
+    from eval.report import report
+
+    print(report(Path(args.run), args.prompt))
+
+
+def output(content: object, rows: list[dict], columns: dict[str, str], json_path: str | None) -> None:
+    from eval.output import table, write_json
+
+    if json_path is not None:
+        write_json(content, json_path)
+    if json_path != "-":
+        print(table(rows, columns))
+
+
+def size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
+    return int(text)
+
+
+def sizes(text: str) -> list[int]:
+    return [size(part) for part in text.split(",")]
+
+
+def json_file(text: str) -> str:
+    if text != "-" and (not Path(text).absolute().parent.is_dir() or Path(text).is_dir()):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, or - for stdout; got {text!r}")
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluates models that `python -m train` wrote, or any.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", nargs="+", required=True, metavar="DIR", help="model folder(s), or names on the hub")
+    model.add_argument("--json", type=json_file, metavar="PATH", help="write the figures there; - prints them, and no table")
+
+    def command(name: str, run: Callable, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        style = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(
+            name, help=text.split(":")[0], description=text, parents=parents, formatter_class=style, allow_abbrev=False
+        )
+        sub.set_defaults(run_command=run)
+        return sub
+
+    sub = command(
+        "perplexity",
+        perplexity,
+        "perplexity and bits per byte on text: each document is cut into windows of N predictions from N+1 tokens, N apart; "
+        "no special token is added. JSON: an object for one model, a list of such objects for several.",
+        model,
+    )
+    sub.add_argument(
+        "--data", required=True, metavar="SOURCE|FILE",
+        help="stdlib, a text file, a folder of them, JSONL, Parquet, … or a dataset on the hub (column `text`); "
+        "its validation split where it has one, else its training split",
+    )  # fmt: skip
+    sub.add_argument("--window", type=size, default=1024, metavar="N", help="predictions in one window")
+    sub.add_argument("--carry", action="store_true", help="start each window from the state in which the one before it ended")
+    sub.add_argument("--batch", type=size, default=8, metavar="N", help="windows in one pass; --carry runs one at a time")
+    sub.add_argument("--max-bytes", type=size, metavar="N", help="take whole documents, in order, until they have N bytes")
+
+    sub = command(
+        "throughput",
+        throughput,
+        "speed and memory of generation: greedy, with random tokens as the prompt, beside a Transformer of the same width, depth "
+        "and size with random weights, in turns; medians. fp32 on a CPU, bf16 on a GPU. The prompt is read in pieces of 1,024 "
+        "positions, but in one call where a model with attention only is timed. Each model and shape has a process of its own; "
+        "its peak memory is over what that process had before the model.",
+        model,
+    )
+    sub.add_argument("--prompt", type=sizes, default="1024", metavar="N,…", help="prompt lengths, in tokens")
+    sub.add_argument("--new", type=sizes, default="128", metavar="N,…", help="tokens to generate")
+    sub.add_argument("--batch", type=sizes, default="1", metavar="N,…", help="sequences at a time")
+    sub.add_argument("--repeats", type=size, default=3, metavar="N", help="timed requests, after one untimed")
+    sub.add_argument("--no-twin", action="store_true", help="leave the Transformer out")
+
+    sub = command(
+        "report", report, "a page on a training run: curves, baselines, speed, samples; it writes RUN/report/index.html."
+    )
+    sub.add_argument("--run", required=True, metavar="RUN", help="run directory of `python -m train`")
+    sub.add_argument("--prompt", type=sizes, default="256,1024,4096", metavar="N,…", help="prompt lengths to time, in tokens")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""A page on a training run: what it learned, what that is worth beside simple baselines, and how fast the model is."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+import yaml
+
+from eval import perplexity, throughput
+from eval.baselines import order3_bits_per_byte, xz_bits_per_byte
+from eval.output import quiet, write_json
+from eval.page import page
+from hybridlm import HybridLMConfig
+from hybridlm.checkpoint import load_model, load_tokenizer
+from hybridlm.data.sources import split_source
+from hybridlm.twin import transformer_twin
+
+COMPARED_BYTES = 2**18  # of validation text, for the model and its baselines: seconds of work on a laptop
+NEW_TOKENS = 32
+
+
+def report(run: Path, prompts: list[int]) -> str:
+    """Writes report/index.html and report/report.json into the run's directory. Gives the headline.
+
+    Raises:
+        ValueError: no run there, one without a checkpoint, or its data cannot be read any more.
+    """
+    quiet()
+    config_text, config, metrics = read_run(run)
+    training = [row for row in metrics if "loss" in row]
+    validation = [row for row in metrics if "val_loss" in row]
+    folder = run / "model"
+    content: dict[str, Any] = {
+        "run": str(run),
+        "checkpoint": folder.resolve().parent.name,
+        "step": metrics[-1]["step"],
+        "steps": config["train"]["steps"],
+        "finished": metrics[-1]["step"] >= config["train"]["steps"],
+        "tokens": metrics[-1]["tokens"],
+        "val_loss": validation[-1]["val_loss"] if validation else None,
+        "val_bits_per_byte": validation[-1]["val_bits_per_byte"] if validation else None,
+        "training_tokens_per_second": statistics.median(row["tokens_per_second"] for row in training) if training else None,
+    }
+    content |= compare(folder, config["data"])
+    content["twin_fault"] = twin_fault = no_twin(folder)
+    content["throughput"] = throughput.evaluate([str(folder)], prompts, [NEW_TOKENS], [1], twin=twin_fault is None)
+    content["machine"] = machine()
+    out = run / "report"
+    out.mkdir(exist_ok=True)
+    write_json(content, out / "report.json")
+    samples = lines(run / "samples.jsonl")
+    (out / "index.html").write_text(page(content, training, validation, samples, config_text), encoding="utf-8")
+    return headline(content, out / "index.html")
+
+
+def read_run(run: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """The run's config.yaml, as text and as values, and its metrics."""
+    remedy = "Give the directory that `python -m train` wrote (run_dir)."
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.yaml. {remedy}")
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    if not isinstance(config, dict) or not {"data", "train"} <= config.keys():
+        raise ValueError(f"{run}/config.yaml is not the configuration of a run: it lacks the sections data and train. {remedy}")
+    if not (run / "model" / "config.json").is_file():
+        raise ValueError(f"{run} has no checkpoint yet: there is no {run}/model. Report on it after its first checkpoint.")
+    metrics = lines(run / "metrics.jsonl")
+    if not metrics:
+        raise ValueError(
+            f"{run} has no metrics yet: metrics.jsonl is missing or empty. Report on it after its first logged step."
+        )
+    return text, config, metrics
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none where there is no file. A run that is going on may be in the middle of its last line."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def compare(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """The model, the byte model and xz on the same validation text."""
+    training, validation = split_source(data["source"], data["val_source"], data["val_fraction"], data["text_column"])
+    texts = first_documents(validation, COMPARED_BYTES)
+    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    score = perplexity.measure(model, load_tokenizer(folder), texts, data["seq_len"], name=str(folder))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bits_per_byte": {
+            "model": score["bits_per_byte"],
+            "order3": order3_bits_per_byte(training, texts),
+            "xz": xz_bits_per_byte(texts),
+            "files": len(texts),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "window": data["seq_len"],
+        },
+    }
+
+
+def first_documents(documents: Iterable[str], limit: int) -> list[str]:
+    """The first whole documents, up to `limit` bytes together; where the very first has more, its beginning."""
+    texts: list[str] = []
+    left = limit
+    for text in documents:
+        left -= len(text.encode())
+        if left < 0:
+            return texts or [text.encode()[:limit].decode(errors="ignore")]
+        texts.append(text)
+    return texts
+
+
+def no_twin(folder: Path) -> str | None:
+    """Why the model has no Transformer twin; None where it has one."""
+    try:
+        transformer_twin(HybridLMConfig.from_pretrained(folder))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "CPU": cpu,
+        "cores": os.cpu_count(),
+        "threads of torch": torch.get_num_threads(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+    }
+
+
+def headline(content: dict[str, Any], path: Path) -> str:
+    compared = content["bits_per_byte"]
+    loss = "none yet" if content["val_loss"] is None else f"{content['val_loss']:.3f} nats/token"
+    state = "" if content["finished"] else f" · unfinished: step {content['step']:,} of {content['steps']:,}"
+    lines = [
+        f"{content['run']}: {content['parameters']:,} parameters · {content['tokens']:,} tokens · validation loss {loss}{state}",
+        f"bits per byte: model {compared['model']:.3f} · order-3 byte model {compared['order3']:.3f} · "
+        f"xz -9 per file {compared['xz']:.3f}",
+    ]
+    for row in content["throughput"]:
+        decode = row["decode_tokens_per_second"]
+        lines.append(
+            f"prompt {row['prompt']:,}: {row['prefill_tokens_per_second']:,.0f} tokens/s in, {decode:,.0f} out, "
+            f"{row['peak_memory_bytes'] / 1e6:,.1f} MB · {'twin' if row['model'].endswith(throughput.TWIN) else 'model'}"
+        )
+    return "\n".join([*lines, f"report: {path}"])

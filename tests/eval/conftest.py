@@ -1,0 +1,67 @@
+"""A folder with a model and a tokenizer, and a run directory as `python -m train` writes it."""
+
+import json
+
+import pytest
+import yaml
+
+from eval.__main__ import main
+from hybridlm.tokenizer import byte_tokenizer
+
+PROSE = "The quick brown fox — it jumps over the lazy dog.\nAnd again: the fox, the dog, the end. "
+
+
+@pytest.fixture
+def model_folder(tiny_model, tmp_path):
+    """Writes a tiny byte model; `vocab_size` may be too small for its tokenizer."""
+
+    def write(name="model", vocab_size=258):
+        tiny_model(vocab_size=vocab_size).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """Five documents of different lengths, one of a single byte, one with two- and three-byte characters."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, text in enumerate([PROSE, "x", PROSE[::-1] + PROSE, "naïve", PROSE * 2]):
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def fake_run(model_folder, text_folder, tmp_path):
+    run = tmp_path / "run"
+    model_folder("run/checkpoints/step-20/model")
+    (run / "model").symlink_to("checkpoints/step-20/model")
+    data = {"source": str(text_folder), "val_source": None, "val_fraction": 0.4, "text_column": "text", "seq_len": 32}
+    (run / "config.yaml").write_text(yaml.safe_dump({"run_dir": str(run), "data": data, "train": {"steps": 40}}))
+    metrics = [{"step": 0, "tokens": 0, "val_loss": 5.6, "val_bits_per_byte": 8.1}]
+    metrics += [
+        {"step": s, "tokens": 512 * s, "loss": 2 + 3 / s, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9e3, "mfu": None}
+        for s in range(1, 21)
+    ]
+    metrics.append({"step": 20, "tokens": 10240, "val_loss": 2.25, "val_bits_per_byte": 3.3})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    samples = [{"step": s, "prompt": "def f(", "text": f"<script>alert({s})</script>\0&amp;"} for s in range(0, 21, 2)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return run
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs `python -m eval …` in this process; gives its exit status, stdout and stderr."""
+
+    def run(*arguments):
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,0 +1,48 @@
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ("perplexity", "throughput", "report")
+
+
+def test_help(command):
+    status, out, _ = command("--help")
+    assert status == 0
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(command, name):
+    status, out, _ = command(name, "--help")
+    assert status == 0
+    assert "default" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "nonsense"),
+        (["report"], "--run"),
+        (["report", "--run", "x", "--unknown"], "--unknown"),
+        (["perplexity", "--model", "x", "--data", "y", "--win", "3"], "--win"),  # no abbreviations
+        (["perplexity", "--model", "x", "--data", "y", "--window", "0"], "must be a whole number of at least 1; got '0'"),
+        (["perplexity", "--model", "x", "--data", "y", "--json", "no/such/folder/a.json"], "a folder that exists"),
+        (["throughput", "--model", "x", "--prompt", "1,,2"], "must be a whole number of at least 1; got ''"),
+    ],
+)
+def test_usage_errors(command, arguments, message):
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_as_a_process():
+    """`python -m eval` hands the status on, and --help does not wait for torch."""
+    probe = "import sys, runpy; sys.argv = ['eval', '--help']\ntry: runpy.run_module('eval', run_name='__main__')\n"
+    probe += "except SystemExit as stop: sys.exit(stop.code or 7 * ('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
+    failed = subprocess.run([sys.executable, "-m", "eval", "report", "--run", "none"], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith("error: none is no run directory")

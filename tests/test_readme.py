@@ -1,0 +1,90 @@
+"""Every command of the README is run, with shorter settings where it is long."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORT = (
+    "--model.config configs/model/tiny.yaml --data.seq_len 32 --train.steps 2 --train.global_batch 2 --train.val_sequences 2 "
+    "--log.sample_tokens 4 --data.cache_dir cache"
+)
+# What a command gets added; the first rule that it begins with counts.
+RULES = [
+    (
+        "python -m train --config configs/demo.yaml --run_dir runs/more",
+        SHORT.replace("--model.config configs/model/tiny.yaml", ""),
+    ),
+    ("python -m train", SHORT),
+    ("torchrun --nproc_per_node 2 -m train", SHORT),
+    ("accelerate launch -m train", SHORT),
+    ("python -m eval perplexity", ""),
+    ("python -m eval throughput", "--repeats 1"),
+    ("python -m eval report", "--prompt 16"),
+]
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    "python": [sys.executable],
+}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+
+
+def commands():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if not line.startswith("make ")]
+
+
+def run(line, folder, environment):
+    launcher, *arguments = shlex.split(line)
+    command = [*LAUNCHERS[launcher], *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what a person has after cloning, with the run of `make demo` made short, and a text of their own."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("hybridlm", "train", "eval", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "my-text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+
+
+def test_the_commands_run_in_their_order(checkout, environment):
+    recipe = [
+        line.strip().replace("$(BIN)/", "") for line in (ROOT / "Makefile").read_text().splitlines() if "$(BIN)/python -m" in line
+    ]
+    demo = [line for line in recipe if "pytest" not in line]
+    assert len(demo) == 2
+    assert "make demo" in blocks("sh")[0]
+    for line in [*demo, *commands()]:
+        extra = next((extra for start, extra in RULES if line.startswith(start)), None)
+        assert extra is not None, f"no rule runs this command of the README: {line}"
+        run(f"{line} {extra}", checkout, environment)
+    assert (checkout / "runs/demo/report/index.html").is_file()
+    assert (checkout / "speed.json").is_file()
+
+
+def test_the_python_of_the_readme_runs_with_torch_and_transformers_alone(checkout, environment):
+    """Depends on the run above; `hybridlm` and what only it needs are kept from being imported."""
+    (code,) = blocks("python")
+    guard = "import sys\nfor name in ('hybridlm', 'accelerate', 'datasets', 'pydantic'): sys.modules[name] = None\n"
+    (checkout / "load.py").write_text(guard + code.replace("max_new_tokens=100", "max_new_tokens=3"))
+    assert run("python load.py", checkout, environment).startswith("def main(")
