@@ -44,7 +44,6 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
         crosses = (last == arriving)[:, :, None]  # chunks that the incoming state crosses
         # A cumulative sum that starts anew with each document: no rounding of one reaches the gradients of another.
         log_decay = log_step @ visible[:, :, 0].mT.double()
-    between = log_decay[..., :, None] - log_decay[..., None, :]  # from source position (last) to target position
 
     def decay(log: Tensor, where: Tensor | None) -> Tensor:
         # A difference of cumulative sums can round to above zero; a decay must never grow.
@@ -54,7 +53,7 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
     xdt = xs.to(dtype) * dts[..., None]
 
     # 1. Within each chunk: C B^T once per group, masked by the decay of each head.
-    scores = (Cs @ Bs.mT)[:, :, :, None] * decay(between, visible).to(x.dtype)
+    scores = (Cs @ Bs.mT)[:, :, :, None] * DecayBetween.apply(log_decay, visible, dtype).to(x.dtype)
     y = (scores @ xdt.to(x.dtype)).to(dtype)  # b c g r q p
 
     # 2. What each chunk adds to the state; then, chunk after chunk, the state that arrives at each.
@@ -87,3 +86,24 @@ def ssd_step(x, dt, A, B, C, state, *, D=None) -> tuple[Tensor, Tensor]:
     if D is not None:
         y = y + D[:, None] * x32
     return y.to(x.dtype), state
+
+
+class DecayBetween(torch.autograd.Function):
+    """exp(log_i - log_j) where position i sees j, 0 elsewhere: (… q) in float64 -> (… q q) in `dtype`.
+
+    By hand, so that the largest tensor of the layer is written once and backward needs nothing but the result.
+    """
+
+    @staticmethod
+    def forward(ctx, log_decay, visible, dtype):
+        between = (log_decay[..., :, None] - log_decay[..., None, :]).to(dtype)
+        between = between.clamp_(max=0).masked_fill_(~visible, -torch.inf).exp_()
+        ctx.save_for_backward(between)
+        return between
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (between,) = ctx.saved_tensors
+        grad = grad * between
+        return (grad.sum(-1) - grad.sum(-2)).double(), None, None
