@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybridlm.modeling import HybridLMForCausalLM
@@ -29,7 +30,7 @@ def load_model(folder: str | Path, *, backend: str = "auto", dtype: torch.dtype 
             use_safetensors=True,  # never a pickle
             ignore_mismatched_sizes=True,  # so that they are all listed below
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} is no checkpoint: {error}") from None
     model, info = loaded
     faults = [f"{kind}: {sorted(map(str, info[key]))}" for key, kind in LOADING_FAULTS.items() if info[key]]
@@ -48,6 +49,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no tokenizer (tokenizer.json): {error}") from None
+        return AutoTokenizer.from_pretrained(Path(folder).expanduser() if Path(folder).expanduser().exists() else folder)
+    except Exception as error:  # a broken tokenizer.json fails in many ways
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read (tokenizer.json): {type(error).__name__}: {error}"
+        ) from None

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +17,7 @@ SYNONYMS = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilo
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
+    "max_position_embeddings",
 )
 NO_LIMIT = [0.0, math.inf]
 LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
@@ -158,7 +160,9 @@ def from_disk(values: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `to_disk`, and the spellings of other writers of `nemotron_h`."""
     if values.get("model_type", "hybridlm") not in ("nemotron_h", "hybridlm"):
         raise ValueError(f"config.json has model_type {values['model_type']!r}; this library opens nemotron_h and hybridlm.")
-    values = {SYNONYMS.get(key, key): value for key, value in values.items()}
+    values = {SYNONYMS[key] if key in SYNONYMS and SYNONYMS[key] not in values else key: value for key, value in values.items()}
+    if values.get("model_type") == "nemotron_h":
+        values.pop("rope_theta", None)  # the stock model has no position embedding, whatever its config says
     kinds = values.pop("layers_block_type", None)
     if kinds is not None and "hybrid_override_pattern" not in values:
         values["hybrid_override_pattern"] = "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
@@ -207,7 +211,10 @@ def _faults(c: HybridLMConfig) -> list[str]:
         faults.append(f"time_step_limit must be two numbers; got {limit!r}.")
     elif not 0 <= limit[0] < limit[1]:
         faults.append(f"time_step_limit must be two rising numbers of at least 0; got {limit!r}.")
-    for name in ("use_bias", "use_conv_bias", "mlp_bias", "attention_bias", "rescale_prenorm_residual"):
+    for name in ("bos_token_id", "pad_token_id"):
+        if not isinstance(getattr(c, name), (int, NoneType)):
+            faults.append(f"{name} must be a token id or null; got {getattr(c, name)!r}.")
+    for name in ("use_cache", "use_bias", "use_conv_bias", "mlp_bias", "attention_bias", "rescale_prenorm_residual"):
         if not isinstance(getattr(c, name), bool):
             faults.append(f"{name} must be true or false; got {getattr(c, name)!r}.")
     only = {

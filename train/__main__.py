@@ -1,6 +1,7 @@
 """python -m train --config FILE [--section.field V …] [--resume auto|never|PATH]"""
 
 import logging
+import os
 import sys
 
 from transformers.utils import logging as transformers_logging
@@ -12,6 +13,7 @@ from train.loop import train
 def main(argv: list[str]) -> int:
     """0: done, or stopped by a signal after saving; 2: bad input; 1: failure."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    first = os.environ.get("RANK", "0") == "0"  # the others fail for the same reason; once is enough
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -20,12 +22,10 @@ def main(argv: list[str]) -> int:
             print(dump(config), end="")
             return 0
         train(config, arguments.resume, arguments.allow_config_change)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, FloatingPointError, OSError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:  # before the first step, or a second time
         print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,22 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     state: dict,
+    card: str,
 ) -> Path:
-    """Writes checkpoints/step-<step> and points RUN/model at its model. `state` is JSON: what else a resume needs."""
+    """Writes checkpoints/step-<step> and points RUN/model at its model.
+
+    Args:
+        state: JSON: what else a resume needs.
+        card: the model card, in Markdown.
+    """
     final = run_dir / "checkpoints" / f"step-{step}"
-    if is_valid(final):
-        return final
+    if final.exists():
+        return final  # the one that this run went on from: `rewind` has left no other
     unfinished = run_dir / "checkpoints" / f".step-{step}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished / "model")
     tokenizer.save_pretrained(unfinished / "model")
+    (unfinished / "model" / "README.md").write_text(card)
     save_file(_optimizer_tensors(model, optimizer) | {"rng": torch.get_rng_state()}, unfinished / "optimizer.safetensors")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
     files = sorted(p for p in unfinished.rglob("*") if p.is_file())
@@ -45,10 +53,9 @@ def save(
     (unfinished / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
     for path in (*files, unfinished / MANIFEST, unfinished / "model", unfinished):
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)  # an invalid one, from a run that was cut off
     unfinished.rename(final)
     _sync(final.parent)
-    _link(run_dir / "model", Path("checkpoints") / final.name / "model")
+    _link(run_dir, final)
     return final
 
 
@@ -90,6 +97,28 @@ def newest(run_dir: Path) -> Path | None:
     return None
 
 
+def rewind(run_dir: Path, start_from: Path | None) -> None:
+    """Leaves only `start_from` and what came before it, and points RUN/model at it.
+
+    Later checkpoints, of a future that is about to be another, and broken ones go to checkpoints/set-aside-<i>/.
+    """
+    ours = start_from is not None and start_from.resolve().parent == (run_dir / "checkpoints").resolve()
+    first = int(start_from.resolve().name.removeprefix("step-")) + 1 if start_from and ours else 0
+    later = [folder for number, folder in _all(run_dir) if number >= first]
+    if later:
+        aside = next(p for i in count(1) if not (p := run_dir / "checkpoints" / f"set-aside-{i}").exists())
+        aside.mkdir()
+        for folder in later:
+            logger.warning("setting %s aside in %s: the run goes on from %s", folder, aside, start_from or "its start")
+            folder.rename(aside / folder.name)
+    for unfinished in (run_dir / "checkpoints").glob(".step-*.unfinished"):
+        shutil.rmtree(unfinished)
+    if start_from and ours:
+        _link(run_dir, run_dir / "checkpoints" / start_from.resolve().name)
+    else:
+        (run_dir / "model").unlink(missing_ok=True)
+
+
 def prune(run_dir: Path, keep: int) -> None:
     """Deletes all but the `keep` newest checkpoints."""
     for _, folder in sorted(_all(run_dir), reverse=True)[keep:]:
@@ -110,10 +139,6 @@ def validate(folder: Path) -> list[str]:
         elif _sha256(path) != digest:
             faults.append(f"{name} has been altered")
     return faults
-
-
-def is_valid(folder: Path) -> bool:
-    return folder.is_dir() and not validate(folder)
 
 
 def _all(run_dir: Path) -> list[tuple[int, Path]]:
@@ -152,10 +177,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _link(link: Path, target: Path) -> None:
-    """Points a relative link at `target`, in one rename."""
-    fresh = link.with_name(f".{link.name}.new")
+def _link(run_dir: Path, checkpoint: Path) -> None:
+    """Points RUN/model at the checkpoint's model: a relative link, swapped in one rename."""
+    fresh = run_dir / ".model.new"
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
-    _sync(link.parent)
+    fresh.symlink_to(Path("checkpoints") / checkpoint.name / "model")
+    fresh.replace(run_dir / "model")
+    _sync(run_dir)

@@ -6,9 +6,10 @@ The docstring under a field is its help; its type and bounds are checked, all fa
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -16,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hybridlm import HybridLMConfig
-from train.strict_yaml import load_yaml, parse_yaml
+from train.strict_yaml import dump_yaml, load_yaml, parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -41,7 +42,7 @@ class Ops:
 @dataclass(frozen=True, config=settings)
 class Data:
     source: str = "stdlib"
-    """stdlib, a text file, a folder of them, a JSONL, CSV, Parquet or Arrow file, or a dataset on the hub"""
+    """stdlib, a text, JSONL, CSV, Parquet or Arrow file, a folder of one kind, or a hub dataset (name or name:configuration)"""
     val_source: str | None = None
     """where validation comes from; default: the source's own validation split, else its last val_fraction"""
     val_fraction: Share = 0.1
@@ -49,7 +50,7 @@ class Data:
     text_column: str = "text"
     """column that holds the text, where the source has columns"""
     tokenizer: str | None = None
-    """folder or hub name of a fast tokenizer; default: that of model.init_from, else bytes"""
+    """`bytes`, or folder or hub name of a fast tokenizer; default: that of model.init_from, else bytes"""
     seq_len: Positive = 512
     """predictions in a training window, tokens"""
     cache_dir: str = "~/.cache/hybridlm"
@@ -134,6 +135,7 @@ class RunConfig:
 
 
 SCHEMA = TypeAdapter(RunConfig)
+SECTIONS = {f.name for f in fields(RunConfig) if is_dataclass(f.type)}
 
 
 def parse(values: dict[str, Any]) -> RunConfig:
@@ -143,6 +145,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ValueError: one message with every fault.
     """
     faults = []
+    values = {key: {} if value is None and key in SECTIONS else value for key, value in values.items()}
     try:
         config = _checked(values)
     except ValidationError as error:
@@ -170,7 +173,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         faults.append(f"model.config: {error}")
     if faults:
         raise ValueError(_message(faults))
-    return _checked(values)
+    return _checked(values | {"run_dir": os.path.expanduser(config.run_dir)})
 
 
 def _checked(values: dict[str, Any]) -> RunConfig:
@@ -180,7 +183,7 @@ def _checked(values: dict[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The YAML of the resolved configuration; `parse` reads it back unchanged."""
-    return yaml.safe_dump(SCHEMA.dump_python(config), sort_keys=False, width=120)
+    return dump_yaml(SCHEMA.dump_python(config))
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -241,18 +244,28 @@ def parse_command_line(argv: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     if faults:
         raise ValueError(_message(faults))
     values = load_yaml(arguments.config)
-    infos = dict(leaves())
-    for name, text in vars(arguments).items():
-        if name in infos and text is not None:
+    for name, info in leaves():
+        if (text := getattr(arguments, name)) is not None:
             *sections, last = name.split(".")
             target = values
             for section in sections:
-                target = target.setdefault(section, {})
-            value = parse_yaml(text)
-            # `--run_dir 7` names a folder: where text is wanted, only null and a mapping are more than text.
-            textual = "str" in _type_name(infos[name]) and value is not None and not isinstance(value, dict)
-            target[last] = text if textual else value
+                target[section] = {} if target.get(section) is None else target[section]
+                target = target[section]
+                if not isinstance(target, dict):
+                    raise ValueError(_message([f"{section} in {arguments.config} must hold `key: value` lines; got {target!r}."]))
+            target[last] = _value(name, text, info)
     return parse(values), arguments
+
+
+def _value(name: str, text: str, info: Any) -> Any:
+    """What a flag's words mean: where text is wanted they are it, but for `null` and, for a shape, a mapping in braces."""
+    kinds = {info.annotation, *get_args(info.annotation)}
+    if str in kinds and not (NoneType in kinds and text == "null") and not (dict[str, Any] in kinds and text.startswith("{")):
+        return text
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(_message([f"--{name}: {text!r} cannot be read: {error}"])) from None
 
 
 def _type_name(info: Any) -> str:

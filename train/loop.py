@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,12 +21,13 @@ from hybridlm.ops.cross_entropy import IGNORE
 from train import checkpoint
 from train.config import RunConfig
 from train.optim import adamw, learning_rate, micro_batches
-from train.run import append, claim, drop_after
-from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
+from train.run import append, check, claim
+from train.setup import build_model, build_tokenizer, describe, model_card, open_data, start_wandb
 from train.validation import sample_text, validation_loss
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
@@ -42,7 +44,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         FloatingPointError: a loss or gradient that is not finite; the weights are as before that step.
     """
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, CPU processes under torchrun would not find each other
+        # Without it, CPU processes under torchrun would not find each other. Other accelerators lack the float64 of SSD's decay.
+        cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
         log_with="wandb" if config.log.wandb else None,
     )
@@ -52,32 +55,35 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         config.train.global_batch, config.train.micro_batch, accelerator.process_index, accelerator.num_processes
     )
 
-    # 1. Model, tokenizer and data.
+    # 1. Where to go on from; model, tokenizer and data.
+    start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
     set_seed(config.seed)
-    model = build_model(config)
-    tokenizer = build_tokenizer(config, model)
-    with accelerator.main_process_first():
-        train_shards, val_shards = open_data(config, tokenizer, model.config.vocab_size, quiet=not main)
-        start_from = claim(config, resume, allow_config_change) if main else None
-    if not main and resume != "never":
-        start_from = checkpoint.newest(run_dir) if resume == "auto" else Path(resume)
+    model = build_model(config, start_from)
+    tokenizer = build_tokenizer(config, model, start_from)
+    shards = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
+    train_shards, val_shards = shards
     sampler = Sampler(train_shards, config.data.seq_len, config.seed)
-    identity = {"data": train_shards.folder.name, "validation": val_shards.folder.name}
     optimizer = adamw(model, config.optim)
     rate = learning_rate(config.optim, config.schedule, config.train.steps)
-
-    # 2. Where to go on from.
     step, tokens = 0, 0
+    # What the position in the data means.
+    identity = {"data": train_shards.meta["sha256"], "seq_len": config.data.seq_len, "seed": config.seed}
     if start_from is not None:
         model.to(accelerator.device)
         state = checkpoint.load(start_from, model, optimizer)
         step, tokens = state["step"], state["tokens"]
-        if state["identity"] != identity:
+        if changed := [key for key, value in identity.items() if state["identity"][key] != value]:
             raise ValueError(
-                f"the data of {config.data.source!r} is not what {start_from} was trained on; restore it, or start a new run."
+                f"{start_from} is of a run with another {' and another '.join(changed)}, so its place in the data means nothing "
+                "here. Restore what it was, or start a new run from its model (--model.init_from)."
             )
-    if step > config.train.steps:
-        raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
+        if step > config.train.steps:
+            raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
+    accelerator.wait_for_everyone()
+    if main:
+        claim(config, start_from, step)
+
+    # 2. The machine.
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model)
     device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
@@ -85,8 +91,6 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     step_flops = training_flops(bare.config, config.data.seq_len)
     if main:
         describe(config, bare, train_shards, val_shards, accelerator, step)
-        drop_after(metrics, step)
-        drop_after(run_dir / "samples.jsonl", step)
         start_wandb(accelerator, config)
 
     def validate() -> None:
@@ -103,7 +107,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
     def save() -> None:
         if main:
-            folder = checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity})
+            card = model_card(config, bare, train_shards.meta["source"], step, tokens)
+            folder = checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity}, card)
             checkpoint.prune(run_dir, config.train.keep_checkpoints)
             logger.info("saved %s", folder)
         accelerator.wait_for_everyone()
@@ -121,7 +126,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             # One message for both: all ranks stop before the same step.
             targets, stop = accelerator.reduce(torch.tensor([counted, stopping()], device=accelerator.device))
             if stop:
-                save()
+                if step > 0:
+                    save()
                 break
             if targets == 0:
                 raise ValueError(f"step {step + 1}: no position of the batch has a target; the documents are of one token each.")
@@ -180,6 +186,20 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             else f"stopped at step {step} of {config.train.steps}; the same command goes on from there"
         )
         print(f"{ended}: {run_dir / 'model'}")
+
+
+def first_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Does `work` on the main process, then on the others; where it is a ValueError there, all of them raise it."""
+    error, result = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except ValueError as fault:
+            error = str(fault)
+    (error,) = broadcast_object_list([error])
+    if error is not None:
+        raise ValueError(error)
+    return result if accelerator.is_main_process else work()  # type: ignore[return-value]
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -25,16 +25,20 @@ def adamw(model: nn.Module, config: Optim) -> torch.optim.AdamW:
 
 def learning_rate(optim: Optim, schedule: Schedule, steps: int) -> Callable[[int], float]:
     """The learning rate of step 1 … steps: warm-up, stable, decay (transformers' own WSD)."""
+    warmup = round(schedule.warmup * steps)
+    decay = min(int(schedule.decay * steps), steps - warmup)
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     multiplier = get_wsd_schedule(
         unused,
-        num_warmup_steps=round(schedule.warmup * steps),
-        num_decay_steps=round(schedule.decay * steps),
+        num_warmup_steps=warmup,
+        num_decay_steps=decay,
         num_training_steps=steps,
         min_lr_ratio=schedule.min_lr_ratio,
         decay_type=schedule.decay_type,
     ).lr_lambdas[0]
-    return lambda step: optim.lr * multiplier(step)
+    # Without a decay the last step is like those before it; the library would have it at the least rate.
+    last = steps if decay else steps - 1
+    return lambda step: optim.lr * (multiplier(min(step, last)) if warmup < steps else step / steps)
 
 
 def micro_batches(global_batch: int, micro_batch: int | None, rank: int, ranks: int) -> list[range]:

@@ -12,26 +12,31 @@ from hybridlm.checkpoint import load_model, load_tokenizer
 from hybridlm.data.shards import Shards, prepare
 from hybridlm.data.sources import split_source
 from hybridlm.tokenizer import byte_tokenizer
-from train.config import RunConfig
+from train.config import RunConfig, dump
+from train.strict_yaml import parse_yaml
 
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: RunConfig) -> HybridLMForCausalLM:
+def build_model(config: RunConfig, start_from: Path | None = None) -> HybridLMForCausalLM:
+    """The model of the run. One that was initialised from other weights is read from its own checkpoint once it has one."""
     if config.model.init_from is not None:
-        return load_model(config.model.init_from, backend=config.ops.backend).train()
+        folder = start_from / "model" if start_from else config.model.init_from
+        return load_model(folder, backend=config.ops.backend).train()
     assert isinstance(config.model.config, dict)
     return HybridLMForCausalLM(HybridLMConfig.from_strict_dict(config.model.config), backend=config.ops.backend).train()
 
 
-def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM) -> PreTrainedTokenizerBase:
+def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the run; the model's configuration takes its special ids.
 
     Raises:
         ValueError: it has more tokens than the model has embeddings.
     """
-    name = config.data.tokenizer or config.model.init_from
-    tokenizer = byte_tokenizer() if name is None else load_tokenizer(name)
+    name = config.data.tokenizer or (
+        config.model.init_from and str(start_from / "model" if start_from else config.model.init_from)
+    )
+    tokenizer = byte_tokenizer() if name in (None, "bytes") else load_tokenizer(name)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer {name or 'bytes'} has {len(tokenizer)} tokens and the model only "
@@ -44,9 +49,19 @@ def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM) -> PreTrained
 
 
 def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Shards, Shards]:
+    """Training and validation shards.
+
+    Raises:
+        ValueError: no such data, nothing in it to predict, or a token id that the model does not have.
+    """
     data = config.data
     documents = split_source(data.source, data.val_source, data.val_fraction, data.text_column)
     train_shards, val_shards = (prepare(d, tokenizer, Path(data.cache_dir).expanduser(), quiet) for d in documents)
+    if len(val_shards) == 2 * len(val_shards.documents):
+        raise ValueError(
+            f"the validation documents of {val_shards.meta['source']} have one token each, so there is nothing to predict; "
+            "give longer ones (data.val_source), or hold out more (data.val_fraction)."
+        )
     for shards in (train_shards, val_shards):
         if shards.meta["largest_id"] >= vocab_size:
             raise ValueError(
@@ -65,6 +80,7 @@ def describe(
     print(f"data        {train_shards.meta['source']}: {len(train_shards):,} tokens; validation {len(val_shards):,}")
     print(f"training    {config.train.steps:,} steps of {batch:,} tokens = {total / len(train_shards):.2f} epochs")
     print(f"machine     {accelerator.num_processes} process(es) on {accelerator.device}, {config.train.precision}")
+    print(f"operators   {', '.join(f'{op} {name}' for op, name in model.ops.backends.items())}")
     print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)
     if config.train.precision == "bf16" and accelerator.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning("this CPU has no bf16 units: train.precision=bf16 will be many times slower than fp32 here.")
@@ -76,8 +92,32 @@ def start_wandb(accelerator: Accelerator, config: RunConfig) -> None:
 
         mode = "online" if wandb.login(prompt=False) else "offline"
         where = {"dir": config.run_dir, "mode": mode, "name": Path(config.run_dir).name}
-        accelerator.init_trackers(config.log.wandb_project, init_kwargs={"wandb": where})
+        accelerator.init_trackers(config.log.wandb_project, parse_yaml(dump(config)), {"wandb": where})
         print(
             f"wandb       {mode}"
             + ("" if mode == "online" else f" (no key is configured); later: wandb sync {config.run_dir}/wandb/…")
         )
+
+
+def model_card(config: RunConfig, model: HybridLMForCausalLM, data: str, step: int, tokens: int) -> str:
+    """The README.md of a model folder."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [hybrid, mamba2, {model.config.model_type if not model.config.is_nemotron_h else "nemotron_h"}]
+---
+
+# {Path(config.run_dir).name}
+
+A language model of {parameters:,} parameters. Layers: `{model.config.hybrid_override_pattern}` (M Mamba-2, * attention, - FFN).
+Trained with hybridlm for {step:,} of {config.train.steps:,} steps, {tokens:,} tokens, on {data}
+{f"from the weights of {config.model.init_from} " if config.model.init_from else ""}in windows of {config.data.seq_len:,} tokens.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+"""

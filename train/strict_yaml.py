@@ -26,12 +26,27 @@ for tag, pattern, first in (
     ("null", r"null|~|", ["n", "~", ""]),
     ("bool", r"true|false", list("tf")),
     ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
-    ("float", r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf", list("-+.0123456789")),
 ):
     StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
 # PyYAML's own reading of these would still take base 8 and base 60.
 StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
-StrictLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace("_", "")))
+StrictLoader.add_constructor(
+    "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace("_", "").replace(".inf", "inf"))
+)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Quotes whatever this loader or any other would take for something else than text."""
+
+    yaml_implicit_resolvers: dict = {
+        first: StrictLoader.yaml_implicit_resolvers.get(first, []) + yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+        for first in {*StrictLoader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+    }
+
+
+def dump_yaml(values: Any) -> str:
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def parse_yaml(text: str) -> Any:

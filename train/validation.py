@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.data.shards import Shards
-from hybridlm.scoring import score, windows
+from hybridlm.scoring import score
 from train.config import RunConfig
 
 
@@ -21,24 +21,28 @@ def validation_loss(
     """Nats per token and bits per byte over `val_sequences` windows, spread evenly; each rank scores its share."""
     size = config.data.seq_len
     starts = np.concatenate([[0], shards.documents[:-1, 0]])
-    # An end token is no text: it is left out here, as in every evaluation.
-    documents = (shards.read(np.arange(start, end - 1)) for start, end in zip(starts, shards.documents[:, 0], strict=True))
-    chosen = list(windows(documents, size))
-    if config.train.val_sequences is not None and config.train.val_sequences < len(chosen):
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, config.train.val_sequences).round().astype(int)]
-    mine = chosen[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(
-        total=sum(len(w) - 1 for w in mine), desc="validation", unit="token", leave=False, disable=not accelerator.is_main_process
-    )
+    lengths = shards.documents[:, 0] - starts - 1  # an end token is no text: it is left out, as in every evaluation
+    upto = np.cumsum(-(-(lengths - 1) // size))  # windows in the documents up to and with each
+    wanted = np.arange(upto[-1])
+    if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
+        wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
+
+    def window(number: int) -> np.ndarray:
+        document = np.searchsorted(upto, number, side="right")
+        within = number - (upto[document - 1] if document else 0)
+        first, end = starts[document] + within * size, starts[document] + lengths[document]
+        return shards.read(np.arange(first, min(first + size + 1, end)))
+
+    chosen = [window(number) for number in wanted[accelerator.process_index :: accelerator.num_processes]]
+    total = sum(len(ids) - 1 for ids in chosen)
+    bar = tqdm(total=total, desc="validation", unit="token", leave=False, disable=not accelerator.is_main_process)
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    if mine:
+    if chosen:
         with accelerator.autocast():
-            result = score(model, mine, size, bytes=0, batch_size=max(1, 8192 // size), advance=bar.update)
+            result = score(model, chosen, size, bytes=0, batch_size=max(1, 8192 // size), advance=bar.update)
         sums += torch.tensor([result.nats.sum(), result.tokens.sum()], device=accelerator.device)
     bar.close()
     nats, tokens = accelerator.reduce(sums).tolist()
-    if tokens == 0:
-        raise ValueError("the validation documents have no position with a target; give longer ones (data.val_source).")
     predicted = len(shards) - 2 * len(shards.documents)
     return nats / tokens, nats / tokens / math.log(2) * predicted / shards.meta["bytes"]
 

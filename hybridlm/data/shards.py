@@ -6,8 +6,8 @@ token), `documents.npy` (one row a document: where it ends, and how many bytes o
 """
 
 import json
-import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -74,7 +74,7 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir:
     """The shards of `documents`, from `cache_dir` where they have been written before.
 
     Raises:
-        ValueError: a tokenizer without an end token or a fast backend, or documents without a single token to predict.
+        ValueError: a tokenizer without an end token or a fast backend, or documents without any text.
     """
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(
@@ -84,8 +84,8 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir:
     key = sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = cache_dir / key
     if not (folder / "meta.json").exists():
-        unfinished = cache_dir / f".{key}-{os.getpid()}"
-        unfinished.mkdir(parents=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_dir))
         try:
             _write(documents, tokenizer, unfinished, quiet)
             if not folder.exists():  # another process may have been as quick
@@ -100,7 +100,7 @@ def _write(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Pat
     end, total, largest, rows = tokenizer.eos_token_id, 0, 0, []
     bar = tqdm(total=len(documents), desc=f"tokenising {documents.name}", unit=" documents", disable=quiet)
     buffer = np.empty(0, dtype=dtype)
-    shard = 0
+    shard, digest = 0, sha256()
     for start in range(0, len(documents), BATCH_DOCUMENTS):
         texts = [documents[i] for i in range(start, min(start + BATCH_DOCUMENTS, len(documents)))]
         pieces = [buffer]
@@ -112,6 +112,8 @@ def _write(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Pat
             total += len(ids) + 1
             rows.append((total, bytes_after_first(text, ids, tokenizer)))
             pieces.append(np.array([*ids, end], dtype=dtype))
+        for piece in pieces[1:]:
+            digest.update(piece.tobytes())
         buffer = np.concatenate(pieces)
         while len(buffer) >= SHARD_TOKENS:
             buffer[:SHARD_TOKENS].tofile(folder / f"tokens-{shard:05d}.bin")
@@ -119,13 +121,12 @@ def _write(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if len(buffer):
         buffer.tofile(folder / f"tokens-{shard:05d}.bin")
     bar.close()
-    if total == len(rows):
-        raise ValueError(
-            f"data source {documents.name!r} has {len(documents)} document(s) and no text in them; there is nothing to learn."
-        )
+    if not rows:
+        raise ValueError(f"data source {documents.name!r} has {len(documents)} document(s) and no text in them.")
     np.save(folder / "documents.npy", np.array(rows, dtype=np.int64))
     meta = {
         "format": FORMAT, "source": documents.name, "fingerprint": documents.fingerprint, "dtype": dtype.str, "tokens": total,
         "documents": len(rows), "largest_id": max(largest, end), "bytes": int(sum(row[1] for row in rows)),
+        "sha256": digest.hexdigest(),
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")

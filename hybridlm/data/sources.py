@@ -45,9 +45,9 @@ def open_source(source: str, split: str, text_column: str = "text") -> Documents
     """The documents of `source`.
 
     Args:
-        source: `stdlib` (the Python standard library's own files, the same few megabytes on every machine of one Python
-            version), a text file (one document), a folder of text files (one document each), a JSONL, JSON, CSV, Parquet or
-            Arrow file, or the name of a dataset on the Hugging Face hub.
+        source: `stdlib` (the Python standard library's own files, the same on every machine of one Python version), a text file
+            (one document), a folder of text files (one document each), a JSONL, JSON, CSV, Parquet or Arrow file or a folder of
+            them, a folder that `save_to_disk` wrote, or a dataset on the Hugging Face hub: `name` or `name:configuration`.
         split: `train` or `validation`. A plain file or folder has only `train`.
         text_column: the column of the text, where there are columns.
 
@@ -57,14 +57,17 @@ def open_source(source: str, split: str, text_column: str = "text") -> Documents
     path = Path(source).expanduser()
     if source == STDLIB:
         documents = _stdlib(split)
-    elif path.is_dir() and not (path / "dataset_info.json").exists():
-        documents = _text_files(
-            source, path, sorted(p for p in path.rglob("*") if p.is_file() and p.suffix not in READERS), split
-        )
-    elif path.is_file() and path.suffix not in READERS:
-        documents = _text_files(source, path.parent, [path], split)
+    elif path.exists() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        kinds = sorted({p.suffix if p.suffix in READERS else "text" for p in files})
+        if len(kinds) > 1:
+            raise ValueError(f"data source {source!r} has files of several kinds: {', '.join(kinds)}; give one kind at a time.")
+        if split != "train":
+            raise NoSuchSplit(f"data source {source!r} has no {split} split.")
+        text = kinds in ([], ["text"])
+        documents = _text_files(source, path, files) if text else _dataset(source, files, split, text_column)
     else:
-        documents = _dataset(source, path, split, text_column)
+        documents = _dataset(source, [], split, text_column)
     if not len(documents):
         raise ValueError(f"data source {source!r} ({split}) has no documents; give one that has text.")
     return documents
@@ -115,7 +118,7 @@ def _stdlib(split: str) -> Documents:
             keyed.append((hashlib.sha256(name.encode()).hexdigest(), path))
     # In the order of the hash, so that any run of files is a fair sample.
     chosen = [path for key, path in sorted(keyed) if (int(key[:8], 16) % 10 == 0) == (split == "validation")]
-    return _text_files(f"{STDLIB} ({split})", root, [p for p in chosen if _is_text(p)], "train")
+    return _text_files(f"{STDLIB} ({split})", root, [p for p in chosen if _is_text(p)])
 
 
 def _is_text(path: Path) -> bool:
@@ -128,9 +131,7 @@ def _is_text(path: Path) -> bool:
     return bool(data)
 
 
-def _text_files(name: str, root: Path, paths: list[Path], split: str) -> Documents:
-    if split != "train":
-        raise NoSuchSplit(f"data source {name!r} has no {split} split.")
+def _text_files(name: str, root: Path, paths: list[Path]) -> Documents:
     stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
@@ -143,31 +144,36 @@ def _text_files(name: str, root: Path, paths: list[Path], split: str) -> Documen
     return Documents(name, fingerprint, len(paths), read)
 
 
-def _dataset(source: str, path: Path, split: str, text_column: str) -> Documents:
+def _dataset(source: str, files: list[Path], split: str, text_column: str) -> Documents:
+    """Table files, a folder that `save_to_disk` wrote, or a name on the hub (`name`, or `name:configuration`)."""
     import datasets  # takes a second, and most runs of the tools need none
+    import pyarrow
 
-    if not path.exists() and (path.suffix in READERS or source.startswith((".", "/", "~")) or source.count("/") > 1):
+    path = Path(source).expanduser()
+    like_a_file = path.suffix in READERS or path.suffix in (".txt", ".md", ".py")
+    if not path.exists() and (like_a_file or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"data source {source!r} does not exist (looked for {path.absolute()}).")
+    name, _, configuration = source.partition(":")
     try:
-        if path.is_dir():
+        if files:
+            table = datasets.load_dataset(READERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+        elif path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
             if split not in splits:
                 raise NoSuchSplit(f"data source {source!r} has the splits {sorted(splits)}, not {split!r}.")
             table = splits[split]
-        elif path.is_file():
-            if split != "train":
-                raise NoSuchSplit(f"data source {source!r} has no {split} split.")
-            table = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         else:
-            names = datasets.get_dataset_split_names(source)
+            names = datasets.get_dataset_split_names(name, configuration or None)
             if split not in names:
                 raise NoSuchSplit(f"data source {source!r} has the splits {names}, not {split!r}.")
-            table = datasets.load_dataset(source, split=split)
+            table = datasets.load_dataset(name, configuration or None, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"data source {source!r} is no local file or folder, and the hub has no such dataset, or cannot be reached: {error}"
         ) from None
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, StopIteration, OSError) as error:
+        raise ValueError(f"data source {source!r} cannot be read: {error.__cause__ or error or 'it is empty'}.") from None
     if text_column not in table.column_names:
         raise ValueError(
             f"data source {source!r} has the columns {table.column_names}; data.text_column={text_column!r} is none."

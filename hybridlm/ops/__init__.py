@@ -20,6 +20,7 @@ class Ops:
     conv1d: Callable
     gated_norm: Callable
     cross_entropy: Callable
+    backends: dict[str, str]  # which implementation each of them runs
 
 
 def build_ops(backend: str = "auto") -> Ops:
@@ -37,4 +38,4 @@ def build_ops(backend: str = "auto") -> Ops:
     }
     chosen = {op: resolve(op, implementations, backend)[0] for op, (_, implementations) in table.items()}
     logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))
-    return Ops(**{op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()})
+    return Ops(**{op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()}, backends=chosen)

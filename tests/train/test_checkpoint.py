@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def step(model, optimizer):
 
 
 def save(tmp_path, trained, step=1):
-    return checkpoint.save(tmp_path, step, trained[0], byte_tokenizer(), trained[1], {"tokens": 12})
+    return checkpoint.save(tmp_path, step, trained[0], byte_tokenizer(), trained[1], {"tokens": 12}, "# Card")
 
 
 def snapshot(trained):
@@ -54,7 +53,7 @@ def test_a_checkpoint_puts_everything_back(tmp_path, trained, make_config):
 
 def test_there_is_no_pickle_in_it(tmp_path, trained):
     names = {p.suffix for p in save(tmp_path, trained).rglob("*") if p.is_file()}
-    assert names <= {".json", ".safetensors", ".jinja"}
+    assert names <= {".json", ".safetensors", ".jinja", ".md"}
 
 
 FILES = [
@@ -106,20 +105,33 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_changed(tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_save_that_is_cut_off_leaves_the_older_checkpoint_and_a_later_save_works(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("failing", ["_sha256", "_sync", "_link", "save_file"])
+def test_a_save_that_is_cut_off_leaves_a_run_that_goes_on(tmp_path, trained, monkeypatch, failing):
     older = save(tmp_path, trained, 1)
-    for failing in ("_sha256", "_sync", "_link", "save_file"):
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, failing, lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-            with pytest.raises(OSError, match="disk full"):
-                save(tmp_path, trained, 2)
-        found = checkpoint.newest(tmp_path)
-        assert found is not None
-        assert (tmp_path / "model").resolve() == (older / "model").resolve()
-        shutil.rmtree(tmp_path / "checkpoints" / "step-2", ignore_errors=True)
-    newer = save(tmp_path, trained, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, failing, lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save(tmp_path, trained, 2)
+    assert (tmp_path / "model").resolve() == older.resolve() / "model"
+    found = checkpoint.newest(tmp_path)  # the new one where only the link was missing
+    assert found == tmp_path / "checkpoints" / ("step-2" if failing == "_link" else "step-1")
+    checkpoint.rewind(tmp_path, found)
+    assert (tmp_path / "model").resolve() == found.resolve() / "model"
+    newer = save(tmp_path, trained, 3)
     assert checkpoint.newest(tmp_path) == newer
-    assert (tmp_path / "model").resolve() == (newer / "model").resolve()
+    assert (tmp_path / "model").resolve() == newer.resolve() / "model"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path, trained):
+    folders = [save(tmp_path, trained, number) for number in (1, 2, 10)]
+    checkpoint.rewind(tmp_path, folders[1])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["set-aside-1", "step-1", "step-2"]
+    assert [p.name for p in (tmp_path / "checkpoints" / "set-aside-1").iterdir()] == ["step-10"]
+    assert (tmp_path / "model").resolve() == folders[1].resolve() / "model"
+    checkpoint.rewind(tmp_path, None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["set-aside-1", "set-aside-2"]
+    assert not (tmp_path / "model").is_symlink()
 
 
 def test_pruning_keeps_the_newest_by_number(tmp_path, trained):

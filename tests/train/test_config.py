@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from train.config import argument_parser, differences, dump, leaves, parse, parse_command_line
+from train.strict_yaml import parse_yaml
 
 TINY = {"run_dir": "r", "model": {"config": "configs/model/tiny.yaml"}}
 
@@ -94,3 +95,37 @@ def test_help_shows_every_setting_with_a_type_a_default_and_a_meaning(capsys):
 
 def test_differences_name_the_leaf():
     assert list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4})) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+@pytest.mark.parametrize("text", ["[", "class Foo:", "# x", "1e5", "no", "010", "a: b", "~", "{", "'", "import ", "é\n\t"])
+def test_any_text_is_a_text(text):
+    argv = ["--config", "configs/demo.yaml", "--log.sample_prompt", text]
+    config, _ = parse_command_line(argv)
+    assert config.log.sample_prompt == text
+    assert parse(parse_yaml(dump(config))) == config
+    assert yaml.safe_load(dump(config))["log"]["sample_prompt"] == text
+
+
+def test_an_empty_section_is_as_if_absent_and_one_that_is_no_mapping_a_fault(tmp_path):
+    (tmp_path / "c.yaml").write_text("run_dir: a\nmodel: {config: configs/model/tiny.yaml}\ntrain:\noptim: 3\n")
+    with pytest.raises(ValueError, match=r"optim"):
+        parse_command_line(["--config", str(tmp_path / "c.yaml"), "--train.steps", "1"])
+    with pytest.raises(ValueError, match=r"optim .* must hold"):
+        parse_command_line(["--config", str(tmp_path / "c.yaml"), "--optim.lr", "1"])
+
+
+def test_a_flag_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"--train\.steps: '\['"):
+        parse_command_line(["--config", "configs/demo.yaml", "--train.steps", "["])
+
+
+def test_a_shape_may_be_given_inline_on_the_command_line():
+    config, _ = parse_command_line(
+        ["--config", "configs/demo.yaml", "--model.config", "{hybrid_override_pattern: M-, n_groups: 2}"]
+    )
+    assert config.model.config == {"hybrid_override_pattern": "M-", "n_groups": 2}
+
+
+def test_a_home_directory_is_one(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert parse(TINY | {"run_dir": "~/r"}).run_dir == "/somewhere/r"

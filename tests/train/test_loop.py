@@ -220,14 +220,63 @@ def test_bad_input_is_named(make_config, change, message):
     assert not Path(config.run_dir).exists()  # the corrected command must not find another run in its way
 
 
-def test_data_that_changed_under_a_run_is_refused(make_config, tmp_path):
-    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 50)
-    config = make_config(data__source=str(tmp_path / "text.txt"), train__steps=4, schedule__decay=0.0)
+@pytest.mark.parametrize("change", [{"data__source": "other"}, {"data__seq_len": 16}, {"seed": 1}])
+def test_what_gives_the_place_in_the_data_its_meaning_cannot_change(make_config, tmp_path, change):
+    (tmp_path / "other.txt").write_text("a dog " * 500)
+    train(make_config(train__steps=4))
+    change = {"data__source": str(tmp_path / "other.txt")} if "data__source" in change else change
+    with pytest.raises(ValueError, match=r"another (data|seq_len|seed)"):
+        train(make_config(**change), allow_config_change=True)
+    assert yaml.safe_load((Path(make_config().run_dir) / "config.yaml").read_text())["train"]["steps"] == 4
+
+
+def test_the_same_text_with_another_date_is_the_same_data(make_config, text_folder):
+    train(make_config(train__steps=4))
+    for file in text_folder.iterdir():
+        os.utime(file)
+    train(make_config(), allow_config_change=True)
+    assert lines(make_config())[-1]["step"] == 8
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_starts(make_config, tmp_path):
+    whole, cut = make_config(), make_config(run_dir=str(tmp_path / "cut"))
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.validation_loss", lambda *a: os.kill(os.getpid(), signal.SIGINT) or (1.0, 1.0))
+        train(cut)
+    train(cut)
+    assert_same_end(whole, cut)
+    assert [line["step"] for line in lines(cut, "val_loss")] == [0, 4, 8]
+
+
+def test_going_back_to_an_older_checkpoint_trains_another_future(make_config):
+    config = make_config()
     train(config)
-    (tmp_path / "text.txt").write_text("a dog " * 200)
-    longer = make_config(data__source=str(tmp_path / "text.txt"), schedule__decay=0.0)
-    with pytest.raises(ValueError, match=r"is not what .* was trained on"):
-        train(longer, allow_config_change=True)
+    before = weights(config)
+    older = Path(config.run_dir) / "checkpoints" / "step-4"
+    changed = make_config(optim__lr=0.05, train__keep_checkpoints=1)
+    train(changed, resume=str(older), allow_config_change=True)
+    assert any(not torch.equal(a, before[name]) for name, a in weights(config).items())
+    aside = Path(config.run_dir) / "checkpoints" / "set-aside-1" / "step-8" / "model" / "model.safetensors"
+    assert all(torch.equal(a, before[name]) for name, a in load_file(aside).items())
+
+
+def test_a_resumed_run_does_not_need_what_it_was_initialised_from(make_config, tmp_path):
+    first = make_config()
+    train(first)
+    (tmp_path / "moved").symlink_to(Path(first.run_dir).rename(tmp_path / "elsewhere"))
+    second = {"run_dir": str(tmp_path / "second"), "model__init_from": str(tmp_path / "moved" / "model")}
+    train(make_config(**second, train__steps=4))
+    (tmp_path / "moved").unlink()
+    train(make_config(**second), allow_config_change=True)
+    assert lines(make_config(**second))[-1]["step"] == 8
+
+
+def test_the_model_card_and_the_tokenizer_lie_beside_the_weights(make_config):
+    train(make_config(train__steps=2))
+    card = (Path(make_config().run_dir) / "model" / "README.md").read_text()
+    assert "2 of 2 steps, 256 tokens" in card
+    assert (Path(make_config().run_dir) / "model" / "tokenizer.json").is_file()
 
 
 def test_two_processes_train_as_one_does(make_config, tmp_path):

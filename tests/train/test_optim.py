@@ -39,6 +39,20 @@ def test_1_sqrt_is_the_published_curve():
     assert rate(75) == pytest.approx(1 - (25 / 50) ** 0.5)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "decay", "steps", "want"),
+    [
+        (0.0, 0.0, 4, [1, 1, 1, 1]),
+        (0.05, 0.9, 1, [1]),
+        (0.5, 0.5, 3, [0.5, 1, 0.01]),
+        (1.0, 0.0, 4, [0.25, 0.5, 0.75, 1]),
+    ],
+)
+def test_runs_of_few_steps_reach_the_peak(warmup, decay, steps, want):
+    rate = learning_rate(Optim(lr=1.0), Schedule(warmup=warmup, decay=decay, decay_type="linear", min_lr_ratio=0.01), steps)
+    assert [rate(step) for step in range(1, steps + 1)] == pytest.approx(want, abs=0.01)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 @pytest.mark.parametrize("micro", [None, 1, 2])
 def test_any_number_of_ranks_takes_each_sample_of_the_batch_once(ranks, micro):

@@ -2,49 +2,57 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
-from train.run import append, claim, drop_after
+from train.run import append, check, claim, drop_after
+from train.strict_yaml import load_yaml
+
+
+def start(config, resume="auto", allow_config_change=False):
+    """Checks and claims, as a run does."""
+    start_from = check(config, resume, allow_config_change)
+    claim(config, start_from, 0)
+    return start_from
 
 
 def test_a_run_of_other_settings_is_refused_with_the_difference(make_config):
-    claim(make_config(), "auto", False)
+    start(make_config())
     with pytest.raises(ValueError, match=r"(?s)optim\.lr: 0\.01 -> 0\.02.*--allow-config-change"):
-        claim(make_config(optim__lr=0.02), "auto", False)
-    assert yaml.safe_load((Path(make_config().run_dir) / "config.yaml").read_text())["optim"]["lr"] == 0.01
+        start(make_config(optim__lr=0.02))
+    assert load_yaml(Path(make_config().run_dir) / "config.yaml")["optim"]["lr"] == 0.01
 
 
-def test_a_change_that_was_asked_for_keeps_the_old_settings_beside_the_new(make_config):
-    claim(make_config(), "auto", False)
-    claim(make_config(optim__lr=0.02), "auto", True)
+def test_changes_that_were_asked_for_keep_the_old_settings_beside_the_new(make_config):
+    for lr in (0.01, 0.02, 0.03):
+        start(make_config(optim__lr=lr), allow_config_change=True)
     run = Path(make_config().run_dir)
-    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"] == 0.02
-    assert yaml.safe_load((run / "config-before-change-1.yaml").read_text())["optim"]["lr"] == 0.01
+    names = ["config-before-change.yaml", "config-before-change-2.yaml", "config.yaml"]
+    assert [load_yaml(run / name)["optim"]["lr"] for name in names] == [0.01, 0.02, 0.03]
 
 
-def test_never_refuses_a_run_and_a_folder_of_something_else_is_left_alone(make_config):
+def test_never_refuses_a_run_and_what_is_something_else_is_left_alone(make_config):
     config = make_config()
-    assert claim(config, "never", False) is None
+    assert start(config, "never") is None
     with pytest.raises(ValueError, match="already holds a run"):
-        claim(config, "never", False)
+        start(config, "never")
     other = make_config(run_dir=config.run_dir + "-other")
     Path(other.run_dir).mkdir()
     (Path(other.run_dir) / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no run directory"):
-        claim(other, "auto", False)
+    for run_dir in (other.run_dir, other.run_dir + "/thesis.txt", other.run_dir + "/thesis.txt/below"):
+        with pytest.raises(ValueError, match="is no run directory"):
+            start(make_config(run_dir=run_dir))
     assert [p.name for p in Path(other.run_dir).iterdir()] == ["thesis.txt"]
 
 
 def test_auto_on_an_empty_or_absent_directory_starts_fresh(make_config):
-    assert claim(make_config(), "auto", False) is None
+    assert start(make_config()) is None
     empty = make_config(run_dir=make_config().run_dir + "-empty")
     Path(empty.run_dir).mkdir()
-    assert claim(empty, "auto", False) is None
+    assert start(empty) is None
 
 
 def test_an_explicit_path_never_falls_back(make_config, tmp_path):
     with pytest.raises(ValueError, match="no valid checkpoint"):
-        claim(make_config(), str(tmp_path / "step-7"), False)
+        check(make_config(), str(tmp_path / "step-7"), False)
     assert not Path(make_config().run_dir).exists()
 
 

@@ -69,3 +69,10 @@ def test_bytes_are_counted_for_tokenizers_with_longer_tokens(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
     shards = prepare(documents("naïve a"), tokenizer, tmp_path, quiet=True)
     assert shards.documents.tolist() == [[3, len(" a")]]
+
+
+def test_the_digest_is_of_the_tokens_alone(tmp_path):
+    one = prepare(documents("ab", "c"), byte_tokenizer(), tmp_path, quiet=True)
+    same = prepare(Documents("another name", "x", 2, lambda i: ["ab", "c"][i]), byte_tokenizer(), tmp_path, quiet=True)
+    other = prepare(documents("a", "bc"), byte_tokenizer(), tmp_path, quiet=True)
+    assert one.meta["sha256"] == same.meta["sha256"] != other.meta["sha256"]

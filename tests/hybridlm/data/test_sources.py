@@ -99,3 +99,27 @@ def test_the_fingerprint_changes_with_the_file(tmp_path):
     before = open_source(str(path), "train").fingerprint
     path.write_text("abcd")
     assert open_source(str(path), "train").fingerprint != before
+
+
+def test_a_folder_of_tables_is_read_whole_and_one_of_several_kinds_refused(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_text(json.dumps({"text": str(i)}))
+    assert list(open_source(str(folder), "train")) == ["0", "1", "2"]
+    (folder / "README.md").write_text("about")
+    with pytest.raises(ValueError, match=r"several kinds: \.jsonl, text"):
+        open_source(str(folder), "train")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "{broken"), ("a.jsonl", ""), ("a.parquet", "no parquet")])
+def test_a_broken_table_is_named(tmp_path, monkeypatch, name, content):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
+        open_source(str(tmp_path / name), "train")
