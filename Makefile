@@ -1,4 +1,4 @@
-# The only door. Every target makes .venv first, from constraints.txt.
+# The only door. Every target that runs something makes .venv first, from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 export WANDB_SILENT ?= true

@@ -161,7 +161,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 now = time.perf_counter()
                 speed = (tokens - logged_tokens) / (now - clock)
                 line = {
-                    "step": step, "tokens": tokens, "loss": total.item(), "lr": rate(step), "grad_norm": grad_norm.item(),
+                    "step": step, "tokens": tokens, "loss": total.item(),
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
                     "tokens_per_second": speed,
                     "mfu": speed * step_flops / (peak * accelerator.num_processes) if peak else None,
                     "memory_bytes": memory_bytes(accelerator.device),
@@ -180,12 +181,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     bar.close()
     accelerator.end_training()
     if main:
-        ended = (
-            "done"
-            if step == config.train.steps
-            else f"stopped at step {step} of {config.train.steps}; the same command goes on from there"
-        )
-        print(f"{ended}: {run_dir / 'model'}")
+        ended = "done" if step == config.train.steps else f"stopped at step {step} of {config.train.steps}"
+        print(ended + (f": {run_dir / 'model'}" if step > 0 else ""))
+        if step < config.train.steps:
+            print("the same command goes on from there")
 
 
 def first_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

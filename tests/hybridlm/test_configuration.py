@@ -177,3 +177,13 @@ def test_nvidias_spellings_open(tiny, tmp_path):
 
 def test_the_defaults_are_the_8b():
     assert HybridLMConfig().hybrid_override_pattern == "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_stock_transformers_ignores_is_ignored_here(swap):
+    """Another spelling beside the stock one, in either order, and a position embedding that the stock model has not."""
+    spellings = [("layer_norm_epsilon", 1e-5), ("rms_norm_eps", 1e-2), ("head_dim", 8), ("attention_head_dim", 16)]
+    values = {"model_type": "nemotron_h", **dict(reversed(spellings) if swap else spellings), "rope_theta": 10000.0}
+    read = from_disk(values)
+    assert (read["layer_norm_epsilon"], read["head_dim"]) == (1e-5, 8)
+    assert "rope_theta" not in read

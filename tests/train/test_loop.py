@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridlm import HybridLMForCausalLM
 from train.config import dump
 from train.loop import next_token_loss, train
+from train.optim import learning_rate
+from train.setup import build_model
 
 
 def lines(config, key="loss"):
@@ -119,6 +121,36 @@ def test_a_finished_run_started_again_changes_nothing(make_config):
     before = {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
     train(config)
     assert {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()} == before
+
+
+def test_the_schedule_and_the_clipping_reach_the_optimiser(make_config, tmp_path):
+    free, clipped = make_config(), make_config(run_dir=str(tmp_path / "clipped"), optim__clip=1e-9, optim__eps=1.0)
+    for config in (free, clipped):
+        train(config)
+    rate = learning_rate(free.optim, free.schedule, 8)
+    assert [line["lr"] for line in lines(free)] == [rate(step) for step in range(1, 9)]
+    # With eps = 1 Adam's step is about lr x gradient: nothing is left of a gradient of 1e-9 but for the weight decay.
+    clipped_head, first = weights(clipped)["lm_head.weight"], clipped.optim.weight_decay
+    torch.manual_seed(clipped.seed)
+    start = build_model(clipped).lm_head.weight.detach()
+    shrunk = math.prod(1 - rate(step) * first for step in range(1, 9))
+    torch.testing.assert_close(clipped_head, start * shrunk, atol=1e-7, rtol=1e-4)
+
+
+def test_validation_is_the_loss_on_the_held_out_text_to_the_last_token(make_config, text_folder):
+    config = make_config(train__steps=2, train__val_sequences=None)
+    train(config)
+    model = HybridLMForCausalLM.from_pretrained(Path(config.run_dir) / "model")
+    nats = tokens = 0
+    for file in sorted(text_folder.iterdir())[-2:]:  # a tenth of twenty documents
+        ids = torch.tensor([*file.read_bytes()])
+        for start in range(0, len(ids) - 1, 32):
+            window = ids[start : start + 33]
+            with torch.no_grad():
+                logits = model(window[None, :-1]).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+            tokens += len(window) - 1
+    assert lines(config, "val_loss")[-1]["val_loss"] == pytest.approx(nats / tokens, abs=1e-5)
 
 
 def test_accumulation_does_not_change_the_losses(make_config, tmp_path):

@@ -8,6 +8,7 @@ from train.strict_yaml import load_yaml, parse_yaml
     [
         ("3e-4", 3e-4), ("1.5", 1.5), ("-2", -2), ("1_000", 1000), ("true", True), ("null", None), ("~", None), (".5", 0.5),
         ("no", "no"), ("yes", "yes"), ("on", "on"), ("12:30", "12:30"), ("010", "010"), ("0x10", "0x10"), ("1e", "1e"),
+        (".inf", float("inf")), ("-.inf", float("-inf")),
     ],
 )  # fmt: skip
 def test_scalars_are_what_they_look_like(text, value):
