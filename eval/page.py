@@ -117,9 +117,10 @@ def page(report: dict[str, Any], training: list[dict], validation: list[dict], s
         loss=charts.loss_curve(training, validation),
         bits=charts.bits_per_byte(bars),
         bits_note=escape(
-            f"On the same {compared['files']} validation document(s), {compared['bytes']:,} bytes. The order-3 model counts the "
-            "bytes of all the training text (Witten–Bell); xz compresses each document as a file of its own. The model, in "
-            f"windows of {compared['window']:,} tokens and no state carried over, is not charged for a document's first token."
+            f"On the first {compared['files']} validation document(s), {compared['bytes']:,} bytes, the same for all three. The "
+            "order-3 model counts the bytes of all the training text (Witten–Bell); xz compresses each document as a file of its "
+            f"own. The model, in windows of {compared['window']:,} tokens and no state carried over, is not charged for a "
+            "document's first token."
         ),
         speed_note=escape(speed_note(report)),
         speed="".join(f"<figure>{charts.against_prompt(series, field, *words)}</figure>" for field, words in speed.items()),
@@ -136,7 +137,7 @@ def cards(report: dict[str, Any]) -> dict[str, str]:
         "parameters": short(report["parameters"]),
         "tokens seen": short(report["tokens"]),
         "validation loss, nats/token": "–" if report["val_loss"] is None else f"{report['val_loss']:.3f}",
-        "bits per byte of validation text": f"{report['bits_per_byte']['model']:.3f}",
+        "validation loss, bits/byte": "–" if report["val_loss"] is None else f"{report['val_bits_per_byte']:.3f}",
         "training tokens/s, median": "–" if speed is None else short(speed),
     }
 

@@ -150,12 +150,14 @@ def machine() -> dict[str, Any]:
 
 def headline(content: dict[str, Any], path: Path) -> str:
     compared = content["bits_per_byte"]
-    loss = "none yet" if content["val_loss"] is None else f"{content['val_loss']:.3f} nats/token"
+    loss = "none yet"
+    if content["val_loss"] is not None:
+        loss = f"{content['val_loss']:.3f} nats/token, {content['val_bits_per_byte']:.3f} bits/byte"
     state = "" if content["finished"] else f" · unfinished: step {content['step']:,} of {content['steps']:,}"
     lines = [
         f"{content['run']}: {content['parameters']:,} parameters · {content['tokens']:,} tokens · validation loss {loss}{state}",
         f"bits per byte: model {compared['model']:.3f} · order-3 byte model {compared['order3']:.3f} · "
-        f"xz -9 per file {compared['xz']:.3f}",
+        f"xz -9 per file {compared['xz']:.3f} (on the same {compared['files']} validation files)",
     ]
     for row in content["throughput"]:
         decode = row["decode_tokens_per_second"]

@@ -39,7 +39,7 @@ def test_the_page_and_the_headline(report, fake_run):
     compared = figures["bits_per_byte"]
     assert (
         f"bits per byte: model {compared['model']:.3f} · order-3 byte model {compared['order3']:.3f} · "
-        f"xz -9 per file {compared['xz']:.3f}\n"
+        f"xz -9 per file {compared['xz']:.3f} (on the same {compared['files']} validation files)\n"
     ) in out
     assert "10,240 tokens · validation loss 2.250" in out
     assert "unfinished: step 20 of 40" in out
