@@ -88,12 +88,19 @@ def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer)
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest valid checkpoint; says loudly which newer ones it passed over."""
+    """The newest valid checkpoint, None where there is none at all; says loudly which newer ones it passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and not one is valid. To begin again then would be to lose a run without a word.
+    """
+    broken = []
     for _, folder in sorted(_all(run_dir), reverse=True):
-        if faults := validate(folder):
-            logger.warning("PASSING OVER %s: %s", folder, "; ".join(faults))
-        else:
+        if not (faults := validate(folder)):
             return folder
+        broken.append(f"{folder}: {'; '.join(faults)}")
+        logger.warning("PASSING OVER %s", broken[-1])
+    if broken:
+        raise ValueError("\n  ".join(["no checkpoint of this run is whole; restore one, or choose another --run_dir:", *broken]))
     return None
 
 

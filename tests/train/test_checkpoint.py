@@ -86,6 +86,14 @@ def test_every_damage_to_every_file_is_found_and_an_older_whole_one_taken(tmp_pa
         checkpoint.load(newer, *trained)
 
 
+def test_a_run_without_a_whole_checkpoint_is_an_error_and_not_a_new_run(tmp_path, trained):
+    assert checkpoint.newest(tmp_path) is None
+    for number in (1, 2):
+        (save(tmp_path, trained, number) / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"(?s)no checkpoint of this run is whole.*step-2.*state\.json is missing.*step-1"):
+        checkpoint.newest(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["model/model.safetensors", "optimizer.safetensors"])
 def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_changed(tmp_path, trained, file, monkeypatch):
     folder = save(tmp_path, trained)
