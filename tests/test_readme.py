@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from accelerate.state import AcceleratorState
 
 import eval.__main__
 import train.__main__
+from hybridlm.data.sampler import Sampler
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -71,7 +74,13 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def test_the_commands_run_in_their_order(checkout, monkeypatch):
+def interrupt_in_second_step(patch):
+    """Ctrl-C while the batch of the second step is read."""
+    batch, calls = Sampler.batch, count(1)
+    patch.setattr(Sampler, "batch", lambda *a: (next(calls) == 2 and os.kill(os.getpid(), signal.SIGINT)) or batch(*a))
+
+
+def test_the_commands_run_in_their_order(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     recipe = [
         line.strip().replace("$(BIN)/", "") for line in (ROOT / "Makefile").read_text().splitlines() if "$(BIN)/python -m" in line
@@ -79,10 +88,18 @@ def test_the_commands_run_in_their_order(checkout, monkeypatch):
     demo = [line for line in recipe if "pytest" not in line]
     assert len(demo) == 2
     assert "make demo" in blocks("sh")[0]
+    mine = "python -m train --config configs/demo.yaml --run_dir runs/mine --data.source my-text.txt"
+    assert commands().count(mine) == 2  # to begin, and to go on after Ctrl-C
+    seen = set()
     for line in [*demo, *commands()]:
         extra = next((extra for start, extra in RULES if line.startswith(start)), None)
         assert extra is not None, f"no rule runs this command of the README: {line}"
-        run(f"{line} {extra}")
+        with monkeypatch.context() as patch:
+            if line == mine and line not in seen:
+                interrupt_in_second_step(patch)
+            run(f"{line} {extra}")
+        assert ("going on from step 1" in capsys.readouterr().out) == (line in seen)
+        seen.add(line)
     assert (checkout / "runs/demo/report/index.html").is_file()
     assert (checkout / "speed.json").is_file()
 

@@ -1,6 +1,5 @@
 """The training loop, from top to bottom."""
 
-import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ from train.optim import adamw, learning_rate, micro_batches
 from train.run import append, check, claim
 from train.setup import build_model, build_tokenizer, describe, model_card, open_data, start_wandb
 from train.validation import sample_text, validation_loss
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -108,9 +105,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     def save() -> None:
         if main:
             card = model_card(config, bare, train_shards.meta["source"], step, tokens)
-            folder = checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity}, card)
+            checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity}, card)
             checkpoint.prune(run_dir, config.train.keep_checkpoints)
-            logger.info("saved %s", folder)
         accelerator.wait_for_everyone()
 
     # 3. The steps.

@@ -33,9 +33,9 @@ def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: P
     Raises:
         ValueError: it has more tokens than the model has embeddings.
     """
-    name = config.data.tokenizer or (
-        config.model.init_from and str(start_from / "model" if start_from else config.model.init_from)
-    )
+    name = config.data.tokenizer
+    if name is None and config.model.init_from is not None:
+        name = str(start_from / "model") if start_from else config.model.init_from
     tokenizer = byte_tokenizer() if name in (None, "bytes") else load_tokenizer(name)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(

@@ -36,6 +36,6 @@ def build_ops(backend: str = "auto") -> Ops:
         "gated_norm": (gated_norm.gated_norm, gated_norm.IMPLEMENTATIONS),
         "cross_entropy": (cross_entropy.cross_entropy, cross_entropy.IMPLEMENTATIONS),
     }
-    chosen = {op: resolve(op, implementations, backend)[0] for op, (_, implementations) in table.items()}
+    chosen = {op: resolve(op, implementations, backend) for op, (_, implementations) in table.items()}
     logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))
     return Ops(**{op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()}, backends=chosen)

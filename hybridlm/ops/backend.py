@@ -5,8 +5,8 @@ from collections.abc import Callable
 BACKENDS = ("auto", "eager", "fused", "naive")
 
 
-def resolve(op: str, implementations: dict[str, Callable], backend: str) -> tuple[str, Callable]:
-    """The name and the callable that `backend` means for `op`.
+def resolve(op: str, implementations: dict[str, Callable], backend: str) -> str:
+    """The key of `implementations` that `backend` means for `op`.
 
     `auto` takes the fastest implementation that runs here; every other name means itself.
 
@@ -21,4 +21,4 @@ def resolve(op: str, implementations: dict[str, Callable], backend: str) -> tupl
             f"ops.backend={backend}: {op} has no {name} implementation in this version of hybridlm, "
             f"only {', '.join(implementations)}. Use ops.backend=auto."
         )
-    return name, implementations[name]
+    return name

@@ -40,5 +40,5 @@ def conv1d(
         check_shape("initial_state", initial_state, "b k-1 d", sizes | {"k-1": sizes["k"] - 1})
     if seq_idx is not None:
         check_seq_idx(seq_idx, sizes["b"], sizes["t"])
-    _, run = resolve("conv1d", IMPLEMENTATIONS, backend)
+    run = IMPLEMENTATIONS[resolve("conv1d", IMPLEMENTATIONS, backend)]
     return run(x, weight, bias, initial_state=initial_state, seq_idx=seq_idx)

@@ -35,6 +35,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: st
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    _, run = resolve("cross_entropy", IMPLEMENTATIONS, backend)
+    run = IMPLEMENTATIONS[resolve("cross_entropy", IMPLEMENTATIONS, backend)]
     with torch.autocast(device, enabled=False):
         return run(hidden, weight, labels)

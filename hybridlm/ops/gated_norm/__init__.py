@@ -24,5 +24,5 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, eps: fl
     check_shape("weight", weight, "d", sizes)
     if groups < 1 or sizes["d"] % groups:
         raise ValueError(f"gated_norm: channels must be a multiple of groups; got {sizes['d']} channels and {groups} groups.")
-    _, run = resolve("gated_norm", IMPLEMENTATIONS, backend)
+    run = IMPLEMENTATIONS[resolve("gated_norm", IMPLEMENTATIONS, backend)]
     return run(x, z, weight, groups=groups, eps=eps)

@@ -54,7 +54,7 @@ def ssd(
         check_seq_idx(seq_idx, sizes["b"], sizes["t"])
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1; got {chunk_size}.")
-    _, run = resolve("ssd", IMPLEMENTATIONS, backend)
+    run = IMPLEMENTATIONS[resolve("ssd", IMPLEMENTATIONS, backend)]
     with torch.autocast(x.device.type, enabled=False):  # it would narrow the products with the fp32 state
         return run(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size)
 
@@ -69,7 +69,7 @@ def ssd_step(
     """
     sizes = check_shapes(("x", x, "b h p"), ("dt", dt, "b h"), ("A", A, "h"), ("B", B, "b g n"), ("C", C, "b g n"))
     _check_ssd(dt, D, state, sizes)
-    _, run = resolve("ssd_step", STEP_IMPLEMENTATIONS, backend)
+    run = STEP_IMPLEMENTATIONS[resolve("ssd_step", STEP_IMPLEMENTATIONS, backend)]
     with torch.autocast(x.device.type, enabled=False):
         return run(x, dt, A, B, C, state, D=D)
 
