@@ -24,8 +24,8 @@ from hybridlm.checkpoint import load_model
 from hybridlm.twin import transformer_twin
 
 # Positions of the prompt in one call: bounds the memory that activations need, as serving engines do. Attention behind a cache
-# takes a mask and is then two to three times slower than plain causal attention, so where every mixer is attention the timed
-# requests read the prompt in one call: the twin's speed and its memory are each of the way that is better for it.
+# takes a mask and is then slower than plain causal attention, so where every mixer is attention the timed requests read the
+# prompt in one call: the twin's speed and its memory are each of the way that is better for it.
 PREFILL_PIECE = 1024
 TWIN = " (Transformer twin)"
 COLUMNS = {
