@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridlm import HybridLMForCausalLM
+from hybridlm.data.sampler import Sampler
 from hybridlm.flops import training_flops
+from train import checkpoint
 from train.config import dump
 from train.loop import next_token_loss, train
 from train.optim import learning_rate
@@ -195,8 +197,6 @@ def test_the_seed_decides_everything(make_config, tmp_path):
 
 
 def test_a_changed_batch_goes_on_in_the_data_where_the_run_was(make_config, monkeypatch):
-    from hybridlm.data.sampler import Sampler
-
     taken = []
     batch = Sampler.batch
     monkeypatch.setattr(Sampler, "batch", lambda self, start, stop: taken.extend(range(start, stop)) or batch(self, start, stop))
@@ -317,6 +317,26 @@ def test_mfu_is_the_models_flops_over_the_peak(make_config, monkeypatch):
     per_token = training_flops(build_model(config).config, config.data.seq_len)
     for line in lines(config):
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * per_token / 1e12)
+
+
+def test_validation_and_saving_do_not_count_as_time_of_training(make_config, monkeypatch):
+    """On a clock that a batch moves by a second, a validation by a minute and a save by an hour."""
+    now = 0.0
+
+    def takes(seconds, function):
+        def slow(*arguments):
+            nonlocal now
+            now += seconds
+            return function(*arguments)
+
+        return slow
+
+    monkeypatch.setattr("train.loop.time.perf_counter", lambda: now)
+    monkeypatch.setattr(Sampler, "batch", takes(1, Sampler.batch))
+    monkeypatch.setattr("train.loop.validation_loss", takes(60, lambda *arguments: (1.0, 1.0)))
+    monkeypatch.setattr("train.loop.checkpoint.save", takes(3600, checkpoint.save))
+    train(make_config(log__sample_tokens=0))
+    assert [line["tokens_per_second"] for line in lines(make_config())] == [4 * 32] * 8
 
 
 def test_only_the_newest_checkpoints_stay(make_config):
