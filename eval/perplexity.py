@@ -9,7 +9,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.output import quiet
-from hybridlm.checkpoint import load_model, load_tokenizer
+from hybridlm import HybridLMForCausalLM
+from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.shards import bytes_after_first, tokenize
 from hybridlm.data.sources import NoSuchSplit, open_source
 from hybridlm.scoring import score
@@ -33,7 +34,8 @@ def evaluate(
     texts = None
     rows = []
     for folder in folders:
-        model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = HybridLMForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         tokenizer = load_tokenizer(folder)
         texts = texts or read(source, max_bytes)
         figures = measure(model, tokenizer, texts, window, carry=carry, batch_size=batch_size, name=folder)

@@ -18,8 +18,8 @@ from eval import perplexity, throughput
 from eval.baselines import order3_bits_per_byte, xz_bits_per_byte
 from eval.output import quiet, write_json
 from eval.page import page
-from hybridlm import HybridLMConfig
-from hybridlm.checkpoint import load_model, load_tokenizer
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.sources import split_source
 from hybridlm.twin import transformer_twin
 
@@ -93,7 +93,8 @@ def compare(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """The model, the byte model and xz on the same validation text."""
     training, validation = split_source(data["source"], data["val_source"], data["val_fraction"], data["text_column"])
     texts = first_documents(validation, COMPARED_BYTES)
-    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = HybridLMForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     score = perplexity.measure(model, load_tokenizer(folder), texts, data["seq_len"], name=str(folder))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

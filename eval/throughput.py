@@ -20,7 +20,6 @@ from tqdm import tqdm
 from eval.output import quiet
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cache import HybridCache
-from hybridlm.checkpoint import load_model
 from hybridlm.twin import transformer_twin
 
 # Positions of the prompt in one call: bounds the memory that activations need, as serving engines do. Attention behind a cache
@@ -115,7 +114,7 @@ def prepare(folder: str, twin: bool, prompt: int, new: int, batch: int) -> int:
         with device:
             _model = HybridLMForCausalLM(config).to(dtype).eval()  # type: ignore[arg-type]
     else:
-        _model = load_model(folder, dtype=dtype).to(device)  # type: ignore[arg-type]
+        _model = HybridLMForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         generate(_model, 0, prompt, new, batch, PREFILL_PIECE)

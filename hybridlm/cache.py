@@ -1,38 +1,80 @@
 """What a model remembers between calls: one state a layer, whatever its kind."""
 
 from torch import Tensor
+from transformers import Cache
 
 State = tuple[Tensor, ...]  # (k, v) of attention, (conv, ssm) of Mamba-2; every tensor has the batch first
 
 
-class HybridCache:
-    """The states of all layers, and how many positions they have seen. Speaks what `generate` asks of a cache."""
+class HybridCache(Cache):
+    """The states of all layers, and which positions they have seen. Speaks what `generate` asks of a cache.
+
+    A state is replaced, never written into: a copy of a cache is worth keeping, and gradients may pass through it.
+
+    Attributes:
+        states: of each layer, None before its first call and in layers that have none.
+        seen: positions read so far, padding included.
+        tokens: (b seen) True for tokens, False for padding; None where no row has any.
+    """
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, layers: int):
         self.states: list[State | None] = [None] * layers
-        self.seen = 0
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"HybridCache({len(self)} layers, {self.seen} positions seen, {self.nbytes():,} bytes)"
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def reset(self) -> None:
+        """As new: ready for other texts, of any number of rows."""
+        self.states = [None] * len(self)
+        self.seen, self.tokens = 0, None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # no limit
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first call."""
+        return next((state[0].shape[0] for state in self.states if state is not None), -1)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.seen > 0
 
     def nbytes(self) -> int:
         return sum(t.nbytes for state in self.states if state is not None for t in state)
 
     def _each(self, change) -> None:
         self.states = [None if state is None else tuple(change(t) for t in state) for state in self.states]
+        self.tokens = None if self.tokens is None else change(self.tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows, side by side."""
         self._each(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda t: t[indices])
+        """Keeps the rows named: numbers, or a mask."""
+        self._each(lambda t: t[indices.to(t.device)])
 
-    def forget(self, rows: Tensor) -> None:
-        """Clears the rows marked True: all that they have seen is padding."""
-        self._each(lambda t: t.masked_fill(rows.to(t.device).view(-1, *[1] * (t.dim() - 1)), 0))
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a recurrent state cannot be rolled back, so this cache cannot be cropped; keep a copy.deepcopy of it.")

@@ -1,45 +1,67 @@
-"""Opening a model folder, with errors that say what is wrong with it."""
+"""Opening a model folder: what is checked before and after transformers reads it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from hybridlm.modeling import HybridLMForCausalLM
+LOADING_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
 
 
-def load_model(folder: str | Path, *, backend: str = "auto", dtype: torch.dtype = torch.float32) -> HybridLMForCausalLM:
-    """A model from a folder that `save_pretrained` wrote (ours or a stock `nemotron_h` one), or by its name on the hub.
-
+def check_folder(folder: str | Path) -> None:
+    """
     Raises:
-        ValueError: no model there, or weights that are missing, unknown or of another shape: all of them listed.
+        ValueError: `folder` is on this machine and no model folder, or can be no name on the hub.
     """
     path = Path(folder).expanduser()
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{folder} is no checkpoint folder: it has no config.json. A run keeps its newest model in RUN/model.")
     if not path.exists() and (str(folder).startswith((".", "/", "~")) or str(folder).count("/") != 1):
         raise ValueError(f"there is no checkpoint folder {folder}. A run keeps its newest model in RUN/model.")
-    try:
-        loaded: Any = HybridLMForCausalLM.from_pretrained(
-            path if path.exists() else str(folder),
-            backend=backend,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,  # never a pickle
-            ignore_mismatched_sizes=True,  # so that they are all listed below
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} is no checkpoint: {error}") from None
-    model, info = loaded
-    faults = [f"{kind}: {sorted(map(str, info[key]))}" for key, kind in LOADING_FAULTS.items() if info[key]]
-    if faults:
-        raise ValueError(f"the weights of {folder} do not fit its config.json; {'; '.join(faults)}.")
-    return model.eval()
 
 
-LOADING_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
+def check_shards(folder: str | Path, subfolder: str = "", **download: Any) -> None:
+    """Checks the index of sharded weights before anything that it names is opened.
+
+    Args:
+        folder: a folder, or a name on the hub, of which the index is fetched (`download`: as in `cached_file`).
+
+    Raises:
+        ValueError: it is no index, or names a file outside the folder: by `..`, by an absolute path or through a link.
+    """
+    path = Path(folder).expanduser()
+    if path.exists():
+        indexes = sorted((path / subfolder).glob("*.index*.json"))
+    else:
+        missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(str(folder), SAFE_WEIGHTS_INDEX_NAME, subfolder=subfolder, **download, **missing)
+        indexes = [] if found is None else [Path(found)]
+    for index in indexes:
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(content["weight_map"].values()))
+            content["metadata"].keys()
+            outside = [name for name in names if not _is_inside(index.parent, name)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}.") from None
+        if outside:
+            raise ValueError(f"{index} names files outside its folder, which are not opened: {', '.join(map(repr, outside))}.")
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the hub's own cache: its files are links to the blobs beside
+        roots.append((folder.parent.parent / "blobs").resolve())
+    return any((folder / name).resolve().is_relative_to(root) for root in roots)
+
+
+def weight_faults(info: dict[str, Any]) -> list[str]:
+    """What transformers' loading report says did not fit, all of it."""
+    return [f"{kind}: {', '.join(sorted(map(str, info[key])))}" for key, kind in LOADING_FAULTS.items() if info[key]]
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

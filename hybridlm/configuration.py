@@ -13,11 +13,24 @@ from transformers import PreTrainedConfig
 from hybridlm.pattern import NEMOTRON_H_SYMBOLS, SYMBOLS, evenly_dispersed, unknown_symbols
 
 # Other spellings of our fields in published configs.
-SYNONYMS = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon", "mamba_n_groups": "n_groups"}
+SYNONYMS = {
+    "attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon", "norm_eps": "layer_norm_epsilon",
+    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_chunk_size": "chunk_size", "mamba_expand": "expand",
+    "mamba_conv_bias": "use_conv_bias", "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
+    "mamba_dt_init_floor": "time_step_floor", "mamba_dt_limit": "time_step_limit", "num_local_experts": "n_routed_experts",
+    "layer_types": "layers_block_type",
+}  # fmt: skip
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
-    "max_position_embeddings",
+    *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size"),
+    *("n_group", "topk_group", "max_position_embeddings"),
+)
+MOE_FIELDS = frozenset(
+    [
+        *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size", "n_group", "topk_group"),
+        *("n_shared_experts", "moe_shared_expert_intermediate_size", "norm_topk_prob", "routed_scaling_factor"),
+    ]
 )
 NO_LIMIT = [0.0, math.inf]
 LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
@@ -29,7 +42,8 @@ class HybridLMConfig(PreTrainedConfig):
     The names are those of transformers' `NemotronHConfig`; what is ours stands at the end. The defaults are the 8B model.
 
     Args:
-        hybrid_override_pattern: one symbol a layer: `M` Mamba-2, `*` self-attention, `-` FFN. Its length is the depth.
+        hybrid_override_pattern: one symbol a layer: `M` Mamba-2, `*` self-attention, `-` FFN, `E` mixture of experts. Its
+            length is the depth.
         vocab_size: rows of the embedding and of the head.
         hidden_size: width of the residual stream.
         intermediate_size: width of the FFN.
@@ -39,6 +53,13 @@ class HybridLMConfig(PreTrainedConfig):
         conv_kernel: window of the convolution, in positions. chunk_size: positions of one SSD chunk; no result depends on it.
         time_step_min, time_step_max, time_step_floor: range of dt at initialisation.
         time_step_limit: dt is clamped to it in every pass.
+        n_routed_experts, moe_intermediate_size: of an `E` layer: its experts and the width of each.
+        num_experts_per_tok: experts that a token goes to. n_group, topk_group: they are chosen among those of the best
+            topk_group of n_group groups of experts.
+        moe_shared_expert_intermediate_size: width of the expert that every token goes to.
+        moe_latent_size: width at which the experts work; None: hidden_size.
+        norm_topk_prob: whether the weights of a token's experts are divided by their sum. routed_scaling_factor: what they
+            are then multiplied by.
         initializer_range: standard deviation of the weights at initialisation; with `rescale_prenorm_residual`, that of
             the projections into the residual stream is divided by the square root of the depth.
         rope_theta: base of the rotary position embedding; None, as in Nemotron-H, for no position embedding.
@@ -81,6 +102,16 @@ class HybridLMConfig(PreTrainedConfig):
     use_conv_bias: bool = True
     chunk_size: int = 128
     mamba_ssm_cache_dtype: str = "float32"
+    n_routed_experts: int = 8
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    moe_latent_size: int | None = None
+    num_experts_per_tok: int = 2
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
     use_bias: bool = False
     initializer_range: float = 0.02
     layer_norm_epsilon: float = 1e-5
@@ -111,9 +142,16 @@ class HybridLMConfig(PreTrainedConfig):
 
     @property
     def is_nemotron_h(self) -> bool:
-        """Whether stock transformers' `nemotron_h` can hold this model; it knows no RoPE and ignores `time_step_limit`."""
-        stock = self.rope_theta is None and list(self.time_step_limit) == NO_LIMIT
-        return stock and set(self.hybrid_override_pattern) <= NEMOTRON_H_SYMBOLS
+        """Whether stock transformers' `nemotron_h` can hold this model.
+
+        It knows no RoPE and no bias in attention, and ignores `time_step_limit`.
+        """
+        attention = self.rope_theta is None and not self.attention_bias
+        return (
+            set(self.hybrid_override_pattern) <= NEMOTRON_H_SYMBOLS
+            and (attention or "*" not in self.hybrid_override_pattern)
+            and list(self.time_step_limit) == NO_LIMIT
+        )
 
     @classmethod
     def from_strict_dict(cls, values: dict[str, Any]) -> "HybridLMConfig":
@@ -132,9 +170,8 @@ class HybridLMConfig(PreTrainedConfig):
         return super().from_dict(from_disk(config_dict), **kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return from_disk(config_dict), kwargs
+    def _dict_from_json_file(cls, json_file):  # under from_pretrained and from_json_file
+        return from_disk(super()._dict_from_json_file(json_file))
 
     def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
         Path(json_file_path).write_text(json.dumps(to_disk(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -146,6 +183,8 @@ def to_disk(config: HybridLMConfig) -> dict[str, Any]:
     values["num_hidden_layers"] = config.num_hidden_layers
     if list(config.time_step_limit) == NO_LIMIT:
         del values["time_step_limit"]  # the default everywhere, and JSON has no infinity
+    if "E" not in config.hybrid_override_pattern:
+        values = {key: value for key, value in values.items() if key not in MOE_FIELDS}
     if config.is_nemotron_h:
         del values["rope_theta"]
         values["model_type"] = "nemotron_h"
@@ -160,16 +199,38 @@ def from_disk(values: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `to_disk`, and the spellings of other writers of `nemotron_h`."""
     if values.get("model_type", "hybridlm") not in ("nemotron_h", "hybridlm"):
         raise ValueError(f"config.json has model_type {values['model_type']!r}; this library opens nemotron_h and hybridlm.")
-    values = {SYNONYMS[key] if key in SYNONYMS and SYNONYMS[key] not in values else key: value for key, value in values.items()}
+    for other, name in SYNONYMS.items():
+        if other in values:
+            values = {name: values[other], **{key: value for key, value in values.items() if key != other}}
     if values.get("model_type") == "nemotron_h":
         values.pop("rope_theta", None)  # the stock model has no position embedding, whatever its config says
     kinds = values.pop("layers_block_type", None)
     if kinds is not None and "hybrid_override_pattern" not in values:
         values["hybrid_override_pattern"] = "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
+    if "time_step_limit" in values:
+        values["time_step_limit"] = _limit(values["time_step_limit"])
+    if values.get("num_key_value_heads", 1) is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads", HybridLMConfig.num_attention_heads)
     if "time_step_init_min" in values:
         values["time_step_min"] = values.pop("time_step_init_min")
+    if values.get("architectures") == ["NemotronHForCausalLM"]:
+        del values["architectures"]  # the class that opens it there, not here
     values["model_type"] = "hybridlm"
     return values
+
+
+def _limit(limit: Any) -> Any:
+    """`time_step_limit` in any spelling: null, Infinity, "inf", {"__float__": "Infinity"}, a number too large to limit."""
+    if limit is None:
+        return NO_LIMIT
+    if not isinstance(limit, (list, tuple)) or len(limit) != 2:
+        return limit  # a fault, which the config will name
+    low, high = (x.get("__float__") if isinstance(x, dict) else x for x in limit)
+    try:
+        low, high = 0.0 if low is None else float(low), math.inf if high is None else float(high)
+    except (TypeError, ValueError):
+        return limit
+    return [low, math.inf if high >= 1e30 else high]
 
 
 def _faults(c: HybridLMConfig) -> list[str]:
@@ -211,10 +272,20 @@ def _faults(c: HybridLMConfig) -> list[str]:
         faults.append(f"time_step_limit must be two numbers; got {limit!r}.")
     elif not 0 <= limit[0] < limit[1]:
         faults.append(f"time_step_limit must be two rising numbers of at least 0; got {limit!r}.")
+    if "E" in c.hybrid_override_pattern:
+        faults += _moe_faults(c)
     for name in ("bos_token_id", "pad_token_id"):
         if not isinstance(getattr(c, name), (int, NoneType)):
             faults.append(f"{name} must be a token id or null; got {getattr(c, name)!r}.")
-    for name in ("use_cache", "use_bias", "use_conv_bias", "mlp_bias", "attention_bias", "rescale_prenorm_residual"):
+    for name in (
+        "use_cache",
+        "use_bias",
+        "use_conv_bias",
+        "mlp_bias",
+        "attention_bias",
+        "rescale_prenorm_residual",
+        "norm_topk_prob",
+    ):
         if not isinstance(getattr(c, name), bool):
             faults.append(f"{name} must be true or false; got {getattr(c, name)!r}.")
     only = {
@@ -224,6 +295,31 @@ def _faults(c: HybridLMConfig) -> list[str]:
     faults += [
         f"{k} must be {v!r}, the only kind there is; got {getattr(c, k)!r}." for k, v in only.items() if getattr(c, k) != v
     ]
+    return faults
+
+
+def _moe_faults(c: HybridLMConfig) -> list[str]:
+    faults = []
+    of_group, rest = divmod(c.n_routed_experts, c.n_group)
+    if rest or of_group < 2:  # a group is judged by its best two
+        faults.append(
+            "n_routed_experts must make n_group equal groups of at least 2; "
+            f"got {c.n_routed_experts} experts and {c.n_group} groups."
+        )
+    if c.topk_group > c.n_group:
+        faults.append(f"topk_group must not exceed n_group; got {c.topk_group} of {c.n_group}.")
+    elif c.num_experts_per_tok > c.topk_group * of_group:
+        faults.append(
+            f"num_experts_per_tok must not exceed the {c.topk_group * of_group} experts of {c.topk_group} group(s); "
+            f"got {c.num_experts_per_tok}."
+        )
+    size = c.moe_latent_size
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        faults.append(f"moe_latent_size must be null or a whole number of at least 1; got {size!r}.")
+    if not _is_positive(c.routed_scaling_factor):
+        faults.append(f"routed_scaling_factor must be a finite number above 0; got {c.routed_scaling_factor!r}.")
+    if not isinstance(c.n_shared_experts, int) or c.n_shared_experts < 1:
+        faults.append(f"n_shared_experts must be at least 1: no layer is without; got {c.n_shared_experts!r}.")
     return faults
 
 

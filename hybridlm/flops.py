@@ -13,22 +13,27 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
     """FLOPs per token of a forward pass over `seq_len` positions, by kind: linear, attention, ssd, conv, head.
 
     Attention counts the keys that the causal mask lets through: (seq_len + 1) / 2 on average. A chunk of SSD is a full
-    matrix product, as every implementation runs it.
+    matrix product, as every implementation runs it. Of the experts, those that a token goes to count.
     """
     c = config
     inner, conv, n = c.mamba_inner_size, c.mamba_conv_size, c.ssm_state_size
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    mamba, attention, ffn = (c.hybrid_override_pattern.count(symbol) for symbol in "M*-")
-    d = c.hidden_size
+    layers = {symbol: c.hybrid_override_pattern.count(symbol) for symbol in "M*-E"}
+    mamba, attention = layers["M"], layers["*"]
+    d, latent = c.hidden_size, c.moe_latent_size
     weights = {
         "M": d * (inner + conv + c.mamba_num_heads) + inner * d,
         "*": 2 * d * query + 2 * d * key,
         "-": 2 * d * c.intermediate_size,
+        "E": d * c.n_routed_experts
+        + 2 * d * c.moe_shared_expert_intermediate_size
+        + c.num_experts_per_tok * 2 * (latent or d) * c.moe_intermediate_size
+        + (0 if latent is None else 2 * d * latent),
     }
     # C B^T per group, the masked product with x per head, the state's update and its read-out.
     ssd = c.n_groups * chunk * n + inner * chunk + 2 * inner * n
     return {
-        "linear": 2.0 * (mamba * weights["M"] + attention * weights["*"] + ffn * weights["-"]),
+        "linear": 2.0 * sum(layers[symbol] * weights[symbol] for symbol in layers),
         "attention": 2.0 * attention * 2 * query * (seq_len + 1) / 2,
         "ssd": 2.0 * mamba * ssd,
         "conv": 2.0 * mamba * conv * c.conv_kernel,

@@ -1,35 +1,38 @@
 """The model: embed -> blocks -> norm -> head; initialisation, loss and generation."""
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hybridlm.cache import HybridCache, State
+from hybridlm.checkpoint import check_folder, check_shards, weight_faults
 from hybridlm.configuration import HybridLMConfig
+from hybridlm.masking import build_context, find_tokens
 from hybridlm.mixers import MIXERS
-from hybridlm.mixers.attention import rotary
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
+from hybridlm.mixers.moe import Router
+from hybridlm.mixers.parts import IntoResidual
 from hybridlm.ops import Ops, build_ops
-from hybridlm.ops.checks import check_seq_idx
 from hybridlm.ops.cross_entropy import IGNORE
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """x + mixer(norm(x))."""
 
     def __init__(self, config: HybridLMConfig, symbol: str, ops: Ops):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = MIXERS[symbol](config, ops)
-        for name in ("out_proj", "o_proj", "down_proj"):
-            if hasattr(self.mixer, name):
-                getattr(self.mixer, name).into_residual = True  # starts smaller, see _init_weights
 
     def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, State | None]:
         y, state = self.mixer(self.norm(x), context, state)
@@ -39,17 +42,60 @@ class Block(nn.Module):
 class HybridLMPreTrainedModel(PreTrainedModel):
     config_class = HybridLMConfig
     base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch
     _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "e_score_correction_bias"]
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # Nemotron 3's heads for several tokens at once, which this model has not
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, which assisted generation would do
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, **kwargs) -> Any:
+        """Opens a folder that this library, transformers or NVIDIA wrote, or a name on the hub; arguments as in transformers.
+
+        Args:
+            backend: the operators' (`auto`, `eager`, `naive`).
+            dtype: of the weights; A_log, D, dt_bias and the router's bias are fp32 in any case.
+            output_loading_info, ignore_mismatched_sizes: as in transformers, and then weights that do not fit are the caller's.
+
+        Raises:
+            ValueError: no model there, weights outside its folder, or weights that are missing, unknown or of another shape: all
+                of them listed.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(name, *args, **kwargs)
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("weights are read from safetensors files alone: others can run code when opened.")
+        check_folder(name)
+        download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        check_shards(name, **{key: kwargs[key] for key in download if key in kwargs})
+        lenient = kwargs.get("ignore_mismatched_sizes", False)
+        wants_info = kwargs.pop("output_loading_info", False)
+        listed = {"output_loading_info": True, "ignore_mismatched_sizes": lenient or not wants_info}
+        path = Path(name).expanduser()
+        try:
+            loaded: Any = super().from_pretrained(path if path.exists() else name, *args, **kwargs | listed)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{name} is no checkpoint: {error}") from None
+        model, info = loaded
+        if wants_info:
+            return model, info
+        faults = weight_faults(info | ({"mismatched_keys": []} if lenient else {}))
+        if faults:
+            raise ValueError(f"the weights of {name} do not fit its config.json; {'; '.join(faults)}.")
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of every weight there is (facts in Mamba-2's and Nemotron-H's own code)."""
         c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            into_residual = c.rescale_prenorm_residual and getattr(module, "into_residual", False)
+            into_residual = c.rescale_prenorm_residual and isinstance(module, IntoResidual)
             init.normal_(module.weight, std=c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
@@ -65,11 +111,18 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
             dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        elif isinstance(module, Router):
+            init.normal_(module.weight, std=c.initializer_range)
+            init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, (nn.RMSNorm, GatedNorm)):
             init.ones_(module.weight)
 
 
 class HybridLMModel(HybridLMPreTrainedModel):
+    """The stack without its head. `backend` as in `HybridLMForCausalLM`."""
+
+    _keys_to_ignore_on_load_unexpected = [*HybridLMPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+
     def __init__(self, config: HybridLMConfig, backend: str = "auto", ops: Ops | None = None):
         super().__init__(config)
         ops = ops or build_ops(backend)
@@ -92,47 +145,61 @@ class HybridLMModel(HybridLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         seq_idx: Tensor | None = None,
         past_key_values: HybridCache | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool = False,
-    ) -> BaseModelOutputWithPast:
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
         """The hidden states after the last norm.
 
         Args:
             input_ids: (b t), or `inputs_embeds` (b t d).
-            attention_mask: (b s) ones for tokens and zeros for padding, over cached and new positions together. Padding
-                stands before the tokens of a row, or, without a cache, after them.
+            attention_mask: (b s) ones for tokens and zeros for padding, over cached and new positions together. Padding may stand
+                anywhere: tokens are as if it were not there.
             seq_idx: (b t) the document of each token, rising along t. Nothing passes from one document to the next.
-            past_key_values: the cache of earlier calls; `use_cache` starts one.
+            past_key_values: the cache of earlier calls, which this call moves on.
+            use_cache: whether to start one; by default as `config.use_cache` says, but not in training mode.
+            output_hidden_states: gives what entered each layer (b t d), and what left the last norm.
+            output_attentions: gives the weights (b h t s) of each attention layer; others than
+                attn_implementation="eager" keep none, and warn.
 
         Raises:
             ValueError: an empty sequence, a token id past the vocabulary, a mask or seq_idx that breaks the above.
         """
+        c = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         x = self.embed(input_ids) if input_ids is not None else cast(Tensor, inputs_embeds)
+        if x.dim() != 3:
+            raise ValueError(f"the input must have shape (batch, time); got {tuple(x.shape[:-1])}.")
         if 0 in x.shape:
             raise ValueError(f"the input has no tokens: its shape is {tuple(x.shape[:2])}. Pass at least one row of one token.")
-        if use_cache and past_key_values is None:
+        attentions: list[Tensor] | None = (
+            [] if (c.output_attentions if output_attentions is None else output_attentions) else None
+        )
+        if past_key_values is None and (c.use_cache and not self.training if use_cache is None else use_cache):
             past_key_values = HybridCache(len(self.layers))
         cache: Any = past_key_values
-        context = self.context(x, attention_mask, seq_idx, cache)
+        tokens = find_tokens(x.shape[0], x.shape[1], attention_mask, cache)
+        context = build_context(cast(HybridLMConfig, c), x, tokens, seq_idx, cache, attentions)
+        wanted = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = [x]
         for i, block in enumerate(self.layers):
-            x, state = block(x, context, cache.states[i] if cache else None)
-            if cache:
+            x, state = block(x, context, None if cache is None else cache.states[i])
+            if cache is not None:
                 cache.states[i] = state
-            if output_hidden_states:
+            if wanted:
                 hidden_states.append(x)
-        if cache:
-            cache.seen += x.shape[1]
-            if attention_mask is not None and (padding := attention_mask[:, -1] == 0).any():
-                cache.forget(padding)
         x = self.norm_f(x)
-        return BaseModelOutputWithPast(
+        if cache is not None:
+            cache.seen, cache.tokens = cache.seen + x.shape[1], tokens
+        output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            hidden_states=(*hidden_states[:-1], x) if wanted else None,
+            attentions=tuple(attentions) if attentions else None,
         )
+        return output if (c.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         try:
@@ -143,50 +210,6 @@ class HybridLMModel(HybridLMPreTrainedModel):
                 f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (vocab_size). "
                 "Is this the tokenizer that the model was trained with?"
             ) from None
-
-    def context(self, x: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, cache: HybridCache | None) -> Context:
-        """Padding is a document of its own, so that one mechanism keeps it, and packed documents, apart."""
-        b, t = x.shape[:2]
-        past = cache.seen if cache else 0
-        rotation = None
-        if self.config.rope_theta is not None and "*" in self.config.hybrid_override_pattern:
-            # Only differences of positions matter, so neither documents nor padding need positions of their own.
-            positions = torch.arange(past, past + t, device=x.device)[None]
-            rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        keys = None  # (b s): a query looks at keys of its own kind only
-        if attention_mask is not None and seq_idx is not None:
-            raise ValueError("pass attention_mask (padding) or seq_idx (packed documents), not both; padding can be a document.")
-        if seq_idx is not None:
-            if past:
-                raise ValueError(f"seq_idx does not go with a cache that has seen {past} positions; start a new cache.")
-            check_seq_idx(seq_idx, b, t)
-            if (seq_idx.diff() < 0).any():
-                raise ValueError("seq_idx must never fall along a row: it numbers the documents in their order.")
-            if (seq_idx[:, 0] == seq_idx[:, -1]).all():
-                seq_idx = None  # every row is one document
-            keys = seq_idx
-        elif attention_mask is not None:
-            if tuple(attention_mask.shape) != (b, past + t):
-                raise ValueError(
-                    f"attention_mask must have shape ({b}, {past + t}): {past} cached and {t} new positions; "
-                    f"got {tuple(attention_mask.shape)}."
-                )
-            if not attention_mask.all():
-                keys = attention_mask.bool().long()
-                starts, ends = (keys.diff() > 0).sum(-1), (keys.diff() < 0).sum(-1)
-                if (starts + keys[:, 0] > 1).any() or (cache is not None and ends.any()):
-                    raise ValueError(
-                        "padding must stand before the tokens of a row (or, without a cache, after them); got an attention_mask "
-                        "with zeros elsewhere. Pad on the left (tokenizer.padding_side = 'left')."
-                    )
-                seq_idx = (keys[:, past:].diff(prepend=keys[:, past : past + 1]) != 0).cumsum(-1) if t > 1 else None
-        if keys is None:
-            if past and t > 1:
-                mask = torch.ones(t, past + t, dtype=torch.bool, device=x.device).tril(past)[None, None]
-                return Context(mask=mask, rotary=rotation)
-            return Context(rotary=rotation)
-        mask = (keys[:, past:, None] == keys[:, None, :]).tril(past)[:, None]
-        return Context(seq_idx=seq_idx, mask=mask, rotary=rotation)
 
 
 class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
@@ -213,18 +236,22 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         seq_idx: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         targets: Tensor | None = None,
         past_key_values: HybridCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (b t v) in fp32; a loss where asked for. `HybridLMModel.forward` tells what the other arguments mean.
 
         Args:
             labels: (b t) as everywhere in transformers: `input_ids`, with -100 where no loss is wanted. The label at t+1 is
                 the target at t. Gives the mean loss (nats per target) beside the logits.
+            num_items_in_batch: what the loss of `labels` is divided by, instead of the number of its own targets: the targets of
+                all calls whose gradients are summed.
             targets: (b t) the target *at* each position, -100 for none. Gives `loss` (b t), nats of every position, and no
                 logits: the head and its loss run in blocks, so that training never holds all logits.
             logits_to_keep: the last so many positions (0: all), or their indices.
@@ -237,27 +264,41 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             seq_idx=seq_idx,
             past_key_values=past_key_values,
-            use_cache=bool(use_cache),
+            use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
         if targets is not None:
             self.check_targets(targets)
-            loss = self.ops.cross_entropy(hidden, self.lm_head.weight, targets)
+            weight = self.lm_head.weight
+            loss = self.ops.cross_entropy(hidden.to(weight.device), weight, targets.to(weight.device))
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep]).float()
-        if labels is not None:
-            if labels.shape[1] < 2:
-                raise ValueError("labels need at least two positions: the label at t + 1 is the target at t.")
-            self.check_targets(labels)
-            nll = self.ops.cross_entropy(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
-            loss = nll.sum() / (labels[:, 1:] != IGNORE).sum()
+            if labels is None:
+                logits = self.lm_head(hidden[:, keep]).float()
+            else:
+                every = self.lm_head(hidden).float()
+                loss, logits = self.label_loss(every, labels, num_items_in_batch), every[:, keep]
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def label_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+        if labels.shape[1] < 2:
+            raise ValueError("labels need at least two positions: the label at t + 1 is the target at t.")
+        self.check_targets(labels)
+        targets = labels[:, 1:].to(logits.device)
+        items = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        nats = cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return nats / torch.as_tensor(items, device=nats.device).clamp(min=1)  # no target at all: 0
 
     def check_targets(self, targets: Tensor) -> None:
         bad = targets[((targets < 0) | (targets >= self.config.vocab_size)) & (targets != IGNORE)]
@@ -269,4 +310,10 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` leaves the cache to forward
+        return False
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Called by `generate`, which knows no cache for these states."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache(self.config.num_hidden_layers)

@@ -3,24 +3,52 @@
 from hybridlm.configuration import HybridLMConfig
 
 
-def count_parameters(config: HybridLMConfig) -> int:
-    """Parameters of the model, from the configuration alone; embedding and head are two matrices."""
+def parameters_by_kind(config: HybridLMConfig) -> dict[str, int]:
+    """Parameters of one layer of each kind in the pattern, its norm among them; of `embedding`, `head` and last `norm`.
+
+    From the configuration alone; embedding and head are two matrices.
+    """
     c, d = config, config.hidden_size
     inner, conv, heads = c.mamba_inner_size, c.mamba_conv_size, c.mamba_num_heads
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     projected = inner + conv + heads
+    mamba = (
+        d * projected + conv * (c.conv_kernel + c.use_conv_bias) + 3 * heads + inner + inner * d + c.use_bias * (projected + d)
+    )
     of_kind = {
-        "M": d * projected
-        + conv * (c.conv_kernel + c.use_conv_bias)
-        + 3 * heads
-        + inner
-        + inner * d
-        + c.use_bias * (projected + d),
+        "M": mamba,
         "*": 2 * d * (query + key) + c.attention_bias * (query + 2 * key + d),
-        "-": 2 * d * c.intermediate_size + c.mlp_bias * (c.intermediate_size + d),
+        "-": _mlp(d, c.intermediate_size, c.mlp_bias),
+        "E": c.n_routed_experts * (_expert(c) + d) + _shared(c),
     }
-    layers = sum(of_kind[symbol] + d for symbol in c.hybrid_override_pattern)  # + the norm before each
-    return 2 * c.vocab_size * d + layers + d
+    layers = {symbol: of_kind[symbol] + d for symbol in dict.fromkeys(c.hybrid_override_pattern)}
+    return {"embedding": c.vocab_size * d, **layers, "norm": d, "head": c.vocab_size * d}
+
+
+def _mlp(size: int, width: int, bias: bool) -> int:
+    return 2 * size * width + bias * (width + size)
+
+
+def _expert(c: HybridLMConfig) -> int:
+    return _mlp(c.moe_latent_size or c.hidden_size, c.moe_intermediate_size, bias=False)
+
+
+def _shared(c: HybridLMConfig) -> int:
+    """What every token passes in an `E` layer besides the router: the shared expert, the way into and out of the latent space."""
+    d, latent = c.hidden_size, c.moe_latent_size
+    projections = 0 if latent is None else 2 * d * latent + c.mlp_bias * (d + latent)
+    return _mlp(d, c.moe_shared_expert_intermediate_size, c.mlp_bias) + projections
+
+
+def count_parameters(config: HybridLMConfig) -> int:
+    kinds = parameters_by_kind(config)
+    return kinds["embedding"] + kinds["norm"] + kinds["head"] + sum(kinds[symbol] for symbol in config.hybrid_override_pattern)
+
+
+def active_parameters(config: HybridLMConfig) -> int:
+    """Parameters that work on one token: all but the experts that it does not go to."""
+    idle = config.n_routed_experts - config.num_experts_per_tok
+    return count_parameters(config) - config.hybrid_override_pattern.count("E") * idle * _expert(config)
 
 
 def transformer_twin(config: HybridLMConfig) -> HybridLMConfig:

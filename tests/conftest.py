@@ -21,8 +21,14 @@ TINY = {
     "n_groups": 2,
     "ssm_state_size": 5,
     "chunk_size": 8,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 20,
+    "routed_scaling_factor": 2.5,
     "initializer_range": 0.3,
 }
+WITH_EXPERTS = "MEM*-ME"
 
 
 @pytest.fixture
@@ -45,3 +51,21 @@ def tiny_model(tiny_config):
         return HybridLMForCausalLM(tiny_config(**changes), backend=backend).eval()
 
     return build
+
+
+@pytest.fixture
+def draw_ids():
+    """Token ids (b t) without the special ones, the same for the same seed."""
+    return lambda b, t, seed=0: torch.randint(3, TINY["vocab_size"], (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def relative():
+    """Greatest difference over greatest value: what "the same logits" is measured by."""
+    return lambda a, b: ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture
+def exact(tiny_model):
+    """The tiny backbone in float64, where two ways to the same thing agree to 1e-9."""
+    return lambda **changes: tiny_model(**changes).double().backbone.requires_grad_(False)

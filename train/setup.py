@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.checkpoint import load_model, load_tokenizer
+from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.shards import Shards, prepare
 from hybridlm.data.sources import split_source
 from hybridlm.tokenizer import byte_tokenizer
@@ -22,7 +22,8 @@ def build_model(config: RunConfig, start_from: Path | None = None) -> HybridLMFo
     """The model of the run. One that was initialised from other weights is read from its own checkpoint once it has one."""
     if config.model.init_from is not None:
         folder = start_from / "model" if start_from else config.model.init_from
-        return load_model(folder, backend=config.ops.backend).train()
+        model = HybridLMForCausalLM.from_pretrained(folder, backend=config.ops.backend, dtype=torch.float32)
+        return model.train()
     assert isinstance(config.model.config, dict)
     return HybridLMForCausalLM(HybridLMConfig.from_strict_dict(config.model.config), backend=config.ops.backend).train()
 

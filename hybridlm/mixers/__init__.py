@@ -1,11 +1,13 @@
 """The kinds of layer: one file each, one table for all.
 
 A mixer is built as `Mixer(config, ops)` and called as `mixer(x, context, state) -> (y, state)`: x and y (b t d); `state`
-None at the start of a sequence; the returned state is for the next call.
+None at the start of a sequence; the returned state is for the next call. A projection into the residual stream is an
+`IntoResidual`: it starts smaller.
 """
 
 from hybridlm.mixers.attention import Attention
 from hybridlm.mixers.ffn import FFN
 from hybridlm.mixers.mamba2 import Mamba2
+from hybridlm.mixers.moe import MoE
 
-MIXERS = {"M": Mamba2, "*": Attention, "-": FFN}
+MIXERS = {"M": Mamba2, "*": Attention, "-": FFN, "E": MoE}

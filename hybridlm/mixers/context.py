@@ -1,8 +1,31 @@
 """What every layer of one forward pass shares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Positions that are no tokens, wherever in a row they stand. They read the tokens before them; nothing reads them.
+
+    Attributes:
+        absent: (b t) True at padding.
+        order: (b t) the positions of each row, its tokens first.
+        before: (b t) how many tokens of the row stand before each position. count: (b 1) how many it has.
+    """
+
+    absent: Tensor
+    order: Tensor
+    before: Tensor
+    count: Tensor
+
+    @classmethod
+    def where(cls, absent: Tensor) -> "Padding":
+        upto = (~absent).cumsum(1)
+        return cls(absent, absent.long().argsort(dim=1, stable=True), upto - (~absent).long(), upto[:, -1:])
 
 
 @dataclass(frozen=True)
@@ -11,10 +34,31 @@ class Context:
 
     Attributes:
         seq_idx: (b t) the document of each token, or None where every row is one document.
-        mask: (b 1 t s) boolean, True where a query may look, over the s keys of cache and call together; None: causal.
+        padding: None where every position is a token.
+        mask: what the attention implementation takes: boolean or additive (b 1 t s) over the s keys of cache and call together,
+            a block mask; None: causal.
         rotary: cosine and sine (b t head_dim) of the positions, or None without RoPE.
+        attentions: attention layers put their weights (b h t s) here, where the list is wanted.
     """
 
     seq_idx: Tensor | None = None
-    mask: Tensor | None = None
+    padding: Padding | None = None
+    mask: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
+    attentions: list[Tensor] | None = None
+
+    def to(self, device, non_blocking: bool = False) -> "Context":
+        """For layers that are spread over devices: accelerate's hooks call it, as they call it of a tensor."""
+
+        def move(value):
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        padding = None if self.padding is None else Padding(*(move(getattr(self.padding, f.name)) for f in fields(Padding)))
+        return replace(self, seq_idx=move(self.seq_idx), padding=padding, mask=move(self.mask), rotary=move(self.rotary))
+
+
+def pick(x: Tensor, positions: Tensor) -> Tensor:
+    """x (b t …) at positions (b s) of each row: (b s …)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], positions]

@@ -5,14 +5,25 @@ from torch import Tensor, nn
 from hybridlm.cache import State
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.mixers.context import Context
+from hybridlm.mixers.parts import IntoResidual
 from hybridlm.ops import Ops
 
 
-class FFN(nn.Module):
-    def __init__(self, config: HybridLMConfig, ops: Ops):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+class MLP(nn.Module):
+    """down(relu(up(x))^2): (… d) -> (… d)."""
 
-    def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, None]:
-        return self.down_proj(self.up_proj(x).relu().square()), None
+    def __init__(self, size: int, width: int, bias: bool, down: type[nn.Linear] = IntoResidual):
+        super().__init__()
+        self.up_proj = nn.Linear(size, width, bias=bias)
+        self.down_proj = down(width, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x).relu().square())
+
+
+class FFN(MLP):
+    def __init__(self, config: HybridLMConfig, ops: Ops):
+        super().__init__(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None

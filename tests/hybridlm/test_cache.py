@@ -35,11 +35,6 @@ def test_selecting_keeps_the_rows_named(cache):
     assert rows(cache) == [3, 2]
 
 
-def test_forgetting_clears_the_rows_marked_and_no_other(cache):
-    cache.forget(torch.tensor([False, True, False]))
-    assert rows(cache) == [1, 0, 3]
-
-
 def test_bytes_are_those_of_the_tensors(tiny_model):
     assert HybridCache(7).nbytes() == 0
     cache = tiny_model()(torch.zeros(2, 9, dtype=torch.long), use_cache=True).past_key_values
@@ -59,4 +54,14 @@ def test_a_cache_counts_what_it_has_seen(tiny_model):
     cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     assert model(torch.zeros(1, 3, dtype=torch.long), past_key_values=cache).past_key_values is cache
     assert cache.get_seq_length() == 8
-    assert model(torch.zeros(1, 5, dtype=torch.long)).past_key_values is None
+
+
+@pytest.mark.parametrize(
+    ("training", "asked", "configured", "given"),
+    [(False, None, True, True), (False, None, False, False), (True, None, True, False), (True, True, True, True),
+     (False, False, True, False), (False, True, False, True)],
+)  # fmt: skip
+def test_a_cache_is_started_as_the_config_says_and_not_in_training(training, asked, configured, given, tiny_model):
+    model = tiny_model(use_cache=configured).train(training)
+    output = model(torch.zeros(1, 5, dtype=torch.long), use_cache=asked)
+    assert (output.past_key_values is not None) == given

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.checkpoint import load_model, load_tokenizer
+from hybridlm.checkpoint import load_tokenizer
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def edit(folder, change):
 
 
 def test_a_whole_folder_opens(folder):
-    assert isinstance(load_model(folder), HybridLMForCausalLM)
+    assert isinstance(HybridLMForCausalLM.from_pretrained(folder), HybridLMForCausalLM)
 
 
 def test_missing_unknown_and_misshapen_weights_are_all_listed(folder):
@@ -37,21 +37,21 @@ def test_missing_unknown_and_misshapen_weights_are_all_listed(folder):
 
     edit(folder, change)
     with pytest.raises(ValueError, match=r"missing.*A_log.*unknown.*extra.*another shape.*norm_f"):
-        load_model(folder)
+        HybridLMForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "runs/demo/model"])
 def test_a_folder_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"no checkpoint folder {name}"):
-        load_model(name)
+        HybridLMForCausalLM.from_pretrained(name)
 
 
 def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
-        load_model(tmp_path)
+        HybridLMForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="model_type 'llama'"):
-        load_model(tmp_path)
+        HybridLMForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_missing_tokenizer_says_so(folder):

@@ -1,5 +1,3 @@
-import json
-import logging
 import math
 
 import pytest
@@ -7,27 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.functional import softplus
-from transformers import AutoModelForCausalLM
-from transformers.models import nemotron_h
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMModel
+from hybridlm import HybridLMForCausalLM
 
 VOCABULARY = 61
 WIDE = ("A_log", "D", "dt_bias")
-
-
-def draw_ids(b, t, seed=0):
-    return torch.randint(3, VOCABULARY, (b, t), generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-@pytest.fixture
-def exact(tiny_model):
-    """The tiny backbone in float64, where two ways to the same thing agree to 1e-9."""
-    return lambda **changes: tiny_model(**changes).double().backbone.requires_grad_(False)
 
 
 def hidden(model, ids, **kwargs):
@@ -43,7 +25,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("position", [0, 6, 8, 15, 18])
 @torch.no_grad()
-def test_a_token_leaves_all_logits_before_it_bitwise_equal_and_moves_its_own(position, tiny_model):
+def test_a_token_leaves_all_logits_before_it_bitwise_equal_and_moves_its_own(position, tiny_model, draw_ids):
     model, ids = tiny_model(), draw_ids(2, 19)
     changed = ids.clone()
     changed[:, position] = (ids[:, position] + 7) % VOCABULARY
@@ -62,7 +44,7 @@ def packed(lengths):
 @pytest.mark.parametrize(
     "changes", [{}, {"rope_theta": 100.0}, {"hybrid_override_pattern": "M-"}, {"hybrid_override_pattern": "*"}]
 )
-def test_packed_documents_equal_each_run_alone(changes, exact):
+def test_packed_documents_equal_each_run_alone(changes, exact, draw_ids):
     model, ids = exact(**changes), draw_ids(1, sum(LENGTHS))
     alone = torch.cat([hidden(model, document) for document in ids.split(LENGTHS, dim=1)], dim=1)
     tolerance = 1e-5 if "rope_theta" in changes else 1e-9  # the angles are fp32
@@ -70,7 +52,7 @@ def test_packed_documents_equal_each_run_alone(changes, exact):
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_a_document_cannot_touch_another_bitwise_in_outputs_and_gradients(changed, tiny_model):
+def test_a_document_cannot_touch_another_bitwise_in_outputs_and_gradients(changed, tiny_model, draw_ids):
     model, ids, seq_idx = tiny_model(), draw_ids(1, sum(LENGTHS)), packed(LENGTHS)
     others = seq_idx != changed
     ids_changed = torch.where(others, ids, (ids + 11) % VOCABULARY)
@@ -85,170 +67,22 @@ def test_a_document_cannot_touch_another_bitwise_in_outputs_and_gradients(change
     assert all(torch.equal(a, b) for a, b in zip(*seen))
 
 
-def test_rows_pack_their_documents_each_for_itself(exact):
+def test_rows_pack_their_documents_each_for_itself(exact, draw_ids):
     model, ids = exact(), draw_ids(2, 12)
     seq_idx = torch.cat([packed([4, 8]), packed([9, 3])])
     rows = torch.cat([hidden(model, ids[i : i + 1], seq_idx=seq_idx[i : i + 1]) for i in range(2)])
     assert_same(hidden(model, ids, seq_idx=seq_idx), rows)
 
 
-def test_document_numbers_may_start_and_jump_anywhere(exact):
+def test_document_numbers_may_start_and_jump_anywhere(exact, draw_ids):
     model, ids = exact(), draw_ids(1, 12)
     assert_same(hidden(model, ids, seq_idx=packed([4, 8]) * 5 + 3), hidden(model, ids, seq_idx=packed([4, 8])))
-
-
-# The cache
-
-
-def in_pieces(model, ids, sizes, attention_mask=None):
-    cache, parts, seen = None, [], 0
-    for piece in ids.split(sizes, dim=1):
-        seen += piece.shape[1]
-        mask = None if attention_mask is None else attention_mask[:, :seen]
-        output = model(piece, mask, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        parts.append(output.last_hidden_state)
-    assert cache.get_seq_length() == ids.shape[1]
-    return torch.cat(parts, dim=1)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 19, [13] + [1] * 6, [2, 1, 3, 13], [3, 16], [8, 8, 3], [1, 2, 2, 2, 12], [19]])
-@pytest.mark.parametrize("changes", [{}, {"rope_theta": 100.0}])
-def test_steps_and_pieces_of_any_size_equal_the_whole(sizes, changes, exact):
-    model, ids = exact(**changes), draw_ids(2, 19)
-    tolerance = 1e-5 if changes else 1e-9
-    torch.testing.assert_close(in_pieces(model, ids, sizes), hidden(model, ids), rtol=tolerance, atol=tolerance)
-
-
-def pad_left(ids, lengths, by=0):
-    """Rows of their own lengths, padded with junk to the longest (plus `by`); the attention mask."""
-    t = max(lengths) + by
-    mask = torch.stack([torch.arange(t) >= t - length for length in lengths]).long()
-    return torch.where(mask.bool(), ids[:, :t], 1), mask
-
-
-@pytest.mark.parametrize("by", [0, 2])
-def test_left_padding_equals_none(by, exact):
-    model, lengths = exact(), [17, 9, 1]
-    ids, mask = pad_left(draw_ids(3, 20), lengths, by)
-    padded = hidden(model, ids, attention_mask=mask)
-    for row, length in enumerate(lengths):
-        assert_same(padded[row : row + 1, -length:], hidden(model, ids[row : row + 1, -length:]))
-
-
-@pytest.mark.parametrize("sizes", [[1] * 17, [3, 14], [9, 1, 7], [8, 9], [16, 1]])
-def test_left_padding_in_pieces_equals_none(sizes, exact):
-    model, lengths = exact(), [17, 9, 1]
-    ids, mask = pad_left(draw_ids(3, 20), lengths)
-    padded = in_pieces(model, ids, sizes, mask)
-    for row, length in enumerate(lengths):
-        assert_same(padded[row : row + 1, -length:], hidden(model, ids[row : row + 1, -length:]))
-
-
-@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
-def test_right_padding_without_a_cache_equals_none(kind, exact):
-    model, ids, lengths = exact(), draw_ids(3, 17), [17, 9, 1]
-    mask = (torch.arange(17) < torch.tensor(lengths)[:, None]).to(kind)
-    padded = hidden(model, ids, attention_mask=mask)
-    for row, length in enumerate(lengths):
-        assert_same(padded[row : row + 1, :length], hidden(model, ids[row : row + 1, :length]))
-
-
-def test_padding_on_both_sides_without_a_cache_equals_none(exact):
-    model, ids = exact(), draw_ids(1, 12)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
-    assert_same(hidden(model, ids, attention_mask=mask)[:, 3:9], hidden(model, ids[:, 3:9]))
-
-
-def test_a_mask_of_ones_changes_nothing(tiny_model):
-    model, ids = tiny_model(), draw_ids(2, 9)
-    assert torch.equal(model(ids, torch.ones(2, 9)).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("mask", "cached"), [([1, 1, 0, 1, 1], False), ([1, 1, 0, 1, 1], True), ([0, 1, 0, 1, 1], True), ([1, 1, 1, 0, 0], True)]
-)
-def test_padding_in_the_middle_or_right_of_a_cache_is_refused(mask, cached, tiny_model):
-    with pytest.raises(ValueError, match="padding must stand before the tokens"):
-        tiny_model()(draw_ids(1, 5), torch.tensor([mask]), use_cache=cached)
-
-
-def test_padding_after_cached_tokens_is_refused(tiny_model):
-    model = tiny_model()
-    cache = model(draw_ids(2, 4), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="padding must stand before the tokens"):
-        model(draw_ids(2, 1), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), past_key_values=cache)
-
-
-# Generation
-
-
-def recomputed(model, ids, new):
-    for _ in range(new):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    return ids
-
-
-@pytest.fixture
-def writer(tiny_model):
-    """The tiny model, with no token that ends a text."""
-    model = tiny_model()
-    model.generation_config.eos_token_id = None
-    return model
-
-
-@pytest.mark.parametrize("t", [1, 2, 9])
-@torch.no_grad()
-def test_greedy_generation_equals_recomputing_every_token(t, writer):
-    ids = draw_ids(2, t)
-    assert torch.equal(writer.generate(ids, max_new_tokens=12, do_sample=False), recomputed(writer, ids, 12))
-
-
-@torch.no_grad()
-def test_left_padded_generation_equals_each_row_alone(writer):
-    ids, mask = pad_left(draw_ids(3, 9), [9, 4, 1])
-    together = writer.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    for row, length in enumerate([9, 4, 1]):
-        alone = recomputed(writer, ids[row : row + 1, -length:], 10)
-        assert torch.equal(together[row : row + 1, 9 - length :], alone)
-
-
-@pytest.mark.parametrize("sequences", [1, 3])
-@torch.no_grad()
-def test_beam_search_with_the_cache_equals_that_without(sequences, writer):
-    ids, mask = pad_left(draw_ids(2, 7), [7, 5])
-    arguments = {
-        "attention_mask": mask,
-        "max_new_tokens": 8,
-        "num_beams": 3,
-        "num_return_sequences": sequences,
-        "do_sample": False,
-    }
-    with_cache, without = (writer.generate(ids, use_cache=cached, **arguments) for cached in (True, False))
-    assert torch.equal(with_cache, without)
-
-
-@torch.no_grad()
-def test_sampling_several_texts_equals_that_without_the_cache(writer):
-    ids, texts = draw_ids(2, 5), []
-    for cached in (True, False):
-        torch.manual_seed(0)
-        texts.append(writer.generate(ids, use_cache=cached, do_sample=True, num_return_sequences=3, max_new_tokens=6))
-    assert torch.equal(*texts)
-
-
-@torch.no_grad()
-def test_logits_to_keep_are_the_last_ones(tiny_model):
-    model, ids = tiny_model(), draw_ids(2, 9)
-    logits = model(ids).logits
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]], rtol=1e-5, atol=1e-5)
 
 
 # Loss
 
 
-def test_labels_give_the_shifted_mean_of_transformers(tiny_model):
+def test_labels_give_the_shifted_mean_of_transformers(tiny_model, draw_ids):
     model, ids = tiny_model(), draw_ids(2, 9)
     labels = ids.clone()
     labels[0, :4] = labels[1, 6] = -100
@@ -258,7 +92,7 @@ def test_labels_give_the_shifted_mean_of_transformers(tiny_model):
     assert torch.equal(output.logits, model(ids).logits)
 
 
-def test_targets_give_the_nats_of_every_token_and_no_logits(tiny_model):
+def test_targets_give_the_nats_of_every_token_and_no_logits(tiny_model, draw_ids):
     model, ids, targets = tiny_model(), draw_ids(2, 9), draw_ids(2, 9, seed=1)
     targets[0, 3] = -100
     output = model(ids, targets=targets)
@@ -267,14 +101,14 @@ def test_targets_give_the_nats_of_every_token_and_no_logits(tiny_model):
     assert output.logits is None
 
 
-def test_the_loss_reaches_every_parameter(tiny_model):
+def test_the_loss_reaches_every_parameter(tiny_model, draw_ids):
     model = tiny_model()
     model(draw_ids(2, 19), targets=draw_ids(2, 19, seed=1)).loss.mean().backward()
     for name, p in model.named_parameters():
         assert p.grad.isfinite().all() and p.grad.any(), name
 
 
-def test_naive_and_eager_operators_give_the_same_model(tiny_model):
+def test_naive_and_eager_operators_give_the_same_model(tiny_model, draw_ids):
     ids, targets, seen = draw_ids(1, sum(LENGTHS)), draw_ids(1, sum(LENGTHS), seed=1), []
     for backend in ("eager", "naive"):
         model = tiny_model(backend).double()
@@ -299,19 +133,19 @@ def test_an_empty_input_is_an_error(shape, tiny_model):
         tiny_model()(torch.zeros(shape, dtype=torch.long))
 
 
-def test_documents_that_fall_or_have_another_shape_are_an_error(tiny_model):
+def test_documents_that_fall_or_have_another_shape_are_an_error(tiny_model, draw_ids):
     for seq_idx in (torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1]])):
         with pytest.raises(ValueError, match="seq_idx must"):
             tiny_model()(draw_ids(1, 3), seq_idx=seq_idx)
 
 
-def test_arguments_that_contradict_are_an_error(tiny_model):
+def test_arguments_that_contradict_are_an_error(tiny_model, draw_ids):
     model, ids = tiny_model(), draw_ids(1, 3)
     ones = torch.ones(1, 3, dtype=torch.long)
     cache = model(ids, use_cache=True).past_key_values
     for arguments, message in [
         ({"labels": ids, "targets": ids}, "not both"),
-        ({"attention_mask": ones, "seq_idx": ones}, "not both"),
+        ({"attention_mask": ones.clone().index_fill_(1, torch.tensor(0), 0), "seq_idx": ones}, "not both"),
         ({"inputs_embeds": torch.zeros(1, 3, 32)}, "exactly one"),
         ({"seq_idx": ones, "past_key_values": cache}, "seq_idx does not go with a cache"),
         ({"attention_mask": ones, "past_key_values": cache}, r"must have shape \(1, 6\): 3 cached and 3 new"),
@@ -320,7 +154,7 @@ def test_arguments_that_contradict_are_an_error(tiny_model):
             model(ids, **arguments)
 
 
-def test_an_unknown_argument_is_never_swallowed(tiny_model):
+def test_an_unknown_argument_is_never_swallowed(tiny_model, draw_ids):
     with pytest.raises(TypeError, match="cu_seqlens"):
         tiny_model()(draw_ids(1, 3), cu_seqlens=torch.tensor([0, 3]))
 
@@ -331,20 +165,43 @@ def test_a_backend_that_cannot_run_is_an_error(backend, tiny_config):
         HybridLMForCausalLM(tiny_config(), backend=backend)
 
 
+@pytest.mark.parametrize("bad", [VOCABULARY, -1])
+def test_a_target_outside_the_vocabulary_is_named(bad, tiny_model, draw_ids):
+    with pytest.raises(ValueError, match=rf"{bad} is outside the vocabulary of {VOCABULARY}"):
+        tiny_model()(draw_ids(1, 3), targets=torch.tensor([[3, bad, 4]]))
+
+
+def test_labels_of_a_single_position_are_refused(tiny_model, draw_ids):
+    with pytest.raises(ValueError, match="at least two positions"):
+        tiny_model()(draw_ids(1, 1), labels=draw_ids(1, 1))
+
+
+def test_a_float_seq_idx_is_refused_without_a_mamba_layer_too(tiny_model, draw_ids):
+    with pytest.raises(ValueError, match="integers"):
+        tiny_model(hybrid_override_pattern="*-")(draw_ids(1, 3), seq_idx=torch.zeros(1, 3))
+
+
+@torch.no_grad()
+def test_any_number_above_zero_in_the_mask_marks_a_token(tiny_model, draw_ids):
+    model, ids = tiny_model(), draw_ids(1, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    assert torch.equal(model(ids, mask * torch.tensor([1, 1, 2, 2, 1, 1])).logits, model(ids, mask).logits)
+
+
 # Precision
 
 
-def check_bf16(model, true):
+def check_bf16(model, ids, true, relative):
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if name.rsplit(".", 1)[-1] in WIDE else torch.bfloat16), name
-    cache = model(draw_ids(2, 19), use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).past_key_values
     assert cache.states[0][1].dtype == torch.float32
-    logits = model(draw_ids(2, 19)).logits
+    logits = model(ids).logits
     assert logits.dtype == torch.float32 and relative(logits, true) < 0.06
 
 
 @torch.no_grad()
-def test_bf16_keeps_the_parameters_of_the_decay_in_fp32(tiny_model, tmp_path):
+def test_bf16_keeps_the_parameters_of_the_decay_in_fp32(tiny_model, tmp_path, draw_ids, relative):
     model = tiny_model()
     true = model(draw_ids(2, 19)).logits
     wide = {name: p.clone() for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in WIDE}
@@ -353,7 +210,7 @@ def test_bf16_keeps_the_parameters_of_the_decay_in_fp32(tiny_model, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     back = HybridLMForCausalLM.from_pretrained(tmp_path / "bf16")
     for narrow in (loaded, model, back):
-        check_bf16(narrow, true)
+        check_bf16(narrow, draw_ids(2, 19), true, relative)
         assert all(torch.equal(p, wide[name]) for name, p in narrow.named_parameters() if name in wide)
 
 
@@ -372,7 +229,7 @@ def test_half_never_narrows_and_double_widens(tiny_model):
     assert mixer.double().A_log.dtype == torch.float64
 
 
-def test_autocast_trains_near_the_fp32_loss(tiny_model):
+def test_autocast_trains_near_the_fp32_loss(tiny_model, draw_ids):
     model, ids, targets = tiny_model(), draw_ids(2, 19), draw_ids(2, 19, seed=1)
     true = model(ids, targets=targets).loss.mean()
     with torch.autocast("cpu", torch.bfloat16):
@@ -420,155 +277,3 @@ def test_projections_into_the_residual_stream_start_smaller(rescale, fresh):
             assert p.std().item() == pytest.approx(0.02 / math.sqrt(7) if rescale else 0.02, rel=0.05), name
         elif name.endswith(("embeddings.weight", "lm_head.weight", "in_proj.weight", "q_proj.weight", "up_proj.weight")):
             assert p.std().item() == pytest.approx(0.02, rel=0.05), name
-
-
-# On disk
-
-
-@torch.no_grad()
-def test_what_was_saved_loads_with_bitwise_equal_logits(tiny_model, tmp_path):
-    model, ids = tiny_model(), draw_ids(2, 19)
-    model.save_pretrained(tmp_path)
-    back = HybridLMForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(back(ids).logits, model(ids).logits)
-    assert type(back) is HybridLMForCausalLM and back.config.time_step_min == model.config.time_step_min
-    names = load_file(tmp_path / "model.safetensors").keys()
-    assert "lm_head.weight" in names and all(n.startswith("backbone.") for n in names - {"lm_head.weight"})
-    assert (tmp_path / "generation_config.json").exists()
-
-
-@torch.no_grad()
-def test_the_backend_is_chosen_at_loading_and_never_saved(tiny_model, tmp_path, caplog):
-    tiny_model("naive").save_pretrained(tmp_path)
-    assert "naive" not in (tmp_path / "config.json").read_text()
-    with caplog.at_level(logging.INFO, "hybridlm"):
-        HybridLMForCausalLM.from_pretrained(tmp_path, backend="naive")
-    assert "ssd=naive" in caplog.text
-    with pytest.raises(ValueError, match="no fused implementation"):
-        HybridLMForCausalLM.from_pretrained(tmp_path, backend="fused")
-
-
-def stock(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(model) is nemotron_h.NemotronHForCausalLM
-    return model
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"use_conv_bias": False},
-        {"use_bias": True, "mlp_bias": True, "attention_bias": True},
-        {"conv_kernel": 3, "n_groups": 3},
-        {"layer_norm_epsilon": 0.01},
-        {"hybrid_override_pattern": "MM*-"},
-    ],
-)
-@torch.no_grad()
-def test_stock_transformers_gives_our_logits(changes, tiny_model, tmp_path):
-    model, ids = tiny_model(**changes), draw_ids(2, 21)
-    model.save_pretrained(tmp_path)
-    assert relative(stock(tmp_path)(ids).logits, model(ids).logits) < 1e-4
-
-
-@torch.no_grad()
-def test_stock_transformers_gives_our_logits_where_steps_are_tiny(tiny_model, tmp_path):
-    """Stock clamps dt at time_step_min = 1e-3; our configuration on disk lifts that."""
-    model, ids = tiny_model(), draw_ids(2, 21)
-    for i in (0, 2, 5):
-        model.backbone.layers[i].mixer.dt_bias[::2] = -11.0
-    model.save_pretrained(tmp_path)
-    theirs = stock(tmp_path)
-    assert relative(theirs(ids).logits, model(ids).logits) < 1e-4
-    for layer in theirs.model.layers:
-        if hasattr(layer.mixer, "time_step_limit"):
-            layer.mixer.time_step_limit = (1e-3, math.inf)
-    assert relative(theirs(ids).logits, model(ids).logits) > 1e-4  # the case shows the clamp where there is one
-
-
-@torch.no_grad()
-def test_a_folder_of_stock_transformers_opens_with_its_logits(tiny, tmp_path):
-    fields = tiny(time_step_min=1e-30)  # else stock clamps
-    del fields["hybrid_override_pattern"]
-    kinds = ["linear_attention", "full_attention", "mlp", "linear_attention", "mlp"]
-    torch.manual_seed(0)
-    theirs = nemotron_h.NemotronHForCausalLM(nemotron_h.NemotronHConfig(**fields, layers_block_type=kinds)).eval()
-    for name, p in theirs.named_parameters():
-        if p.dim() > 1:
-            p.normal_(std=0.3)
-        elif name.endswith("dt_bias"):
-            p.uniform_(-5, 0)
-    theirs.save_pretrained(tmp_path)
-    ours, ids = HybridLMForCausalLM.from_pretrained(tmp_path), draw_ids(2, 21)
-    assert ours.config.hybrid_override_pattern == "M*-M-"
-    assert relative(ours(ids).logits, theirs(ids).logits) < 1e-4
-
-
-@torch.no_grad()
-def test_a_model_with_rope_is_a_hybridlm_for_the_auto_classes(tiny_model, tmp_path):
-    model, ids = tiny_model(rope_theta=100.0), draw_ids(2, 19)
-    model.save_pretrained(tmp_path)
-    on_disk = json.loads((tmp_path / "config.json").read_text())
-    assert (on_disk["model_type"], on_disk["architectures"]) == ("hybridlm", ["HybridLMForCausalLM"])
-    back = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(back) is HybridLMForCausalLM
-    assert torch.equal(back(ids).logits, model(ids).logits)
-
-
-# What it speaks with transformers
-
-
-@torch.no_grad()
-def test_hidden_states_are_every_layers_and_the_last_is_normed(tiny_model):
-    model, ids = tiny_model(), draw_ids(2, 9)
-    output = model.backbone(ids, output_hidden_states=True)
-    assert len(output.hidden_states) == 7 + 1
-    assert torch.equal(output.hidden_states[0], model.backbone.embeddings(ids))
-    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
-    assert len(model(ids, return_dict=False)) == 1
-
-
-@torch.no_grad()
-def test_embeddings_and_head_can_be_exchanged(tiny_config):
-    model = HybridLMForCausalLM(tiny_config())
-    model.resize_token_embeddings(70)
-    assert model.config.vocab_size == 70
-    assert model(torch.tensor([[69]])).logits.shape == (1, 1, 70)
-
-
-def test_the_backbone_alone_builds(tiny_config):
-    assert isinstance(HybridLMModel(tiny_config()).config, HybridLMConfig)
-
-
-@pytest.mark.parametrize("limit", [(0.01, math.inf), (0.0, 0.05)])
-@torch.no_grad()
-def test_a_model_whose_clamp_stock_would_ignore_is_a_hybridlm(limit, tiny_model, tmp_path):
-    model, ids = tiny_model(time_step_limit=limit), draw_ids(2, 19)
-    model.save_pretrained(tmp_path)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(back) is HybridLMForCausalLM
-    assert torch.equal(back(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize("bad", [VOCABULARY, -1])
-def test_a_target_outside_the_vocabulary_is_named(bad, tiny_model):
-    with pytest.raises(ValueError, match=rf"{bad} is outside the vocabulary of {VOCABULARY}"):
-        tiny_model()(draw_ids(1, 3), targets=torch.tensor([[3, bad, 4]]))
-
-
-def test_labels_of_a_single_position_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="at least two positions"):
-        tiny_model()(draw_ids(1, 1), labels=draw_ids(1, 1))
-
-
-def test_a_float_seq_idx_is_refused_without_a_mamba_layer_too(tiny_model):
-    with pytest.raises(ValueError, match="integers"):
-        tiny_model(hybrid_override_pattern="*-")(draw_ids(1, 3), seq_idx=torch.zeros(1, 3))
-
-
-@torch.no_grad()
-def test_any_number_above_zero_in_the_mask_marks_a_token(tiny_model):
-    model, ids = tiny_model(), draw_ids(1, 6)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    assert torch.equal(model(ids, mask * torch.tensor([1, 1, 2, 2, 1, 1])).logits, model(ids, mask).logits)

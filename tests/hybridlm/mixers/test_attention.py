@@ -10,7 +10,9 @@ from hybridlm.ops import build_ops
 def mixer(tiny_config):
     def build(**changes):
         torch.manual_seed(0)
-        return Attention(tiny_config(**changes), build_ops()).double().requires_grad_(False)
+        config = tiny_config(**changes)
+        config._attn_implementation = "sdpa"  # as a model sets it
+        return Attention(config, build_ops()).double().requires_grad_(False)
 
     return build
 
