@@ -29,12 +29,13 @@ def report(args: argparse.Namespace) -> None:
 
 
 def output(content: object, rows: list[dict], columns: dict[str, str], json_path: str | None) -> None:
-    from eval.output import table, write_json
+    from eval.output import rows_table
+    from hybridlm.output import write_json
 
     if json_path is not None:
         write_json(content, json_path)
     if json_path != "-":
-        print(table(rows, columns))
+        print(rows_table(rows, columns))
 
 
 def size(text: str) -> int:

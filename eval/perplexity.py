@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.output import quiet
 from hybridlm import HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.shards import bytes_after_first, tokenize
 from hybridlm.data.sources import NoSuchSplit, open_source
+from hybridlm.output import quiet
 from hybridlm.scoring import score
 
 COLUMNS = {

@@ -16,11 +16,11 @@ import yaml
 
 from eval import perplexity, throughput
 from eval.baselines import order3_bits_per_byte, xz_bits_per_byte
-from eval.output import quiet, write_json
 from eval.page import page
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.sources import split_source
+from hybridlm.output import quiet, write_json
 from hybridlm.twin import transformer_twin
 
 COMPARED_BYTES = 2**18  # of validation text, for the model and its baselines: seconds of work on a laptop

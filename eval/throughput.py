@@ -17,9 +17,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from eval.output import quiet
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cache import HybridCache
+from hybridlm.output import quiet
 from hybridlm.twin import transformer_twin
 
 # Positions of the prompt in one call: bounds the memory that activations need, as serving engines do. Attention behind a cache

@@ -1,10 +1,28 @@
 """Hybrid Mamba-2/Transformer language models: train, evaluate, load anywhere."""
 
-from hybridlm.auto import register_hybridlm, register_nemotron_h
-from hybridlm.configuration import HybridLMConfig
-from hybridlm.modeling import HybridLMForCausalLM, HybridLMModel
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridlm.auto import register_nemotron_h
+    from hybridlm.configuration import HybridLMConfig
+    from hybridlm.modeling import HybridLMForCausalLM, HybridLMModel
 
 __version__ = "0.1.0"
 __all__ = ["HybridLMConfig", "HybridLMForCausalLM", "HybridLMModel", "register_nemotron_h"]
 
-register_hybridlm()
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hybridlm import auto
+
+    globals().update({known: getattr(auto, known) for known in __all__})
+    return globals()[name]
+
+
+# `python -m hybridlm` comes here first: its --help should not wait for torch, and its `doctor` must run where torch does not.
+if sys.orig_argv[1:3] != ["-m", "hybridlm"]:
+    from hybridlm.auto import register_hybridlm
+
+    register_hybridlm()

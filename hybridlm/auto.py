@@ -12,17 +12,22 @@ class NemotronHConfig(HybridLMConfig):
     model_type = "nemotron_h"
 
 
+class NemotronHModel(HybridLMModel):
+    config_class = NemotronHConfig
+
+
 class NemotronHForCausalLM(HybridLMForCausalLM):
     config_class = NemotronHConfig
 
 
 def register_hybridlm() -> None:
-    AutoConfig.register("hybridlm", HybridLMConfig)
-    AutoModel.register(HybridLMConfig, HybridLMModel)
-    AutoModelForCausalLM.register(HybridLMConfig, HybridLMForCausalLM)
+    AutoConfig.register("hybridlm", HybridLMConfig, exist_ok=True)
+    AutoModel.register(HybridLMConfig, HybridLMModel, exist_ok=True)
+    AutoModelForCausalLM.register(HybridLMConfig, HybridLMForCausalLM, exist_ok=True)
 
 
 def register_nemotron_h() -> None:
     """Makes the Auto classes open `nemotron_h` folders with this library instead of transformers' own model."""
     AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
+    AutoModel.register(NemotronHConfig, NemotronHModel, exist_ok=True)
     AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=True)

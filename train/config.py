@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hybridlm import HybridLMConfig
-from train.strict_yaml import dump_yaml, load_yaml, parse_yaml
+from hybridlm.strict_yaml import dump_yaml, load_yaml, parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -5,9 +5,9 @@ import logging
 from itertools import count
 from pathlib import Path
 
+from hybridlm.strict_yaml import load_yaml, parse_yaml
 from train import checkpoint
 from train.config import RunConfig, differences, dump
-from train.strict_yaml import load_yaml, parse_yaml
 
 logger = logging.getLogger(__name__)
 

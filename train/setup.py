@@ -11,9 +11,9 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.shards import Shards, prepare
 from hybridlm.data.sources import split_source
+from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
 from train.config import RunConfig, dump
-from train.strict_yaml import parse_yaml
 
 logger = logging.getLogger(__name__)
 

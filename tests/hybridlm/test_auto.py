@@ -10,7 +10,7 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMModel, registe
 @pytest.fixture
 def auto_classes(monkeypatch):
     """Auto classes whose registrations end with the test."""
-    for mapping in (configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING):
+    for mapping in (configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING):
         monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
 
 
@@ -22,13 +22,14 @@ def test_importing_registers_hybridlm_and_leaves_nemotron_h_alone(tiny_config):
 
 
 def test_registering_nemotron_h_makes_the_auto_classes_return_ours(auto_classes, tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "ours")
+    tiny_model(hybrid_override_pattern="MEM*-ME").save_pretrained(tmp_path / "ours")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) is nemotron_h.NemotronHForCausalLM
     register_nemotron_h()
     register_nemotron_h()  # twice is once
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert isinstance(model, HybridLMForCausalLM)
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "ours"), HybridLMConfig)
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "ours"), HybridLMModel)
     model.save_pretrained(tmp_path / "again")
     ours, again = ((tmp_path / d / "config.json").read_text() for d in ("ours", "again"))
     assert ours == again

@@ -1,21 +1,27 @@
 import json
+import pickle
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.checkpoint import load_tokenizer
+from hybridlm import HybridLMForCausalLM, HybridLMModel
+from hybridlm.checkpoint import check_shards, load_tokenizer
+
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def folder(tmp_path):
-    config = HybridLMConfig(
-        vocab_size=20, hidden_size=16, hybrid_override_pattern="M-", intermediate_size=16, ssm_state_size=4, mamba_num_heads=2,
-        mamba_head_dim=8, n_groups=1,
-    )  # fmt: skip
-    HybridLMForCausalLM(config).save_pretrained(tmp_path / "model")
+def folder(tiny_model, tmp_path):
+    tiny_model(hybrid_override_pattern="ME").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
 
 
 def edit(folder, change):
@@ -25,19 +31,142 @@ def edit(folder, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_whole_folder_opens(folder):
-    assert isinstance(HybridLMForCausalLM.from_pretrained(folder), HybridLMForCausalLM)
+def damage(tensors):
+    del tensors["backbone.layers.0.mixer.A_log"], tensors["backbone.layers.1.mixer.experts.3.up_proj.weight"]
+    wrong = {"extra": 1, "backbone.layers.7.norm.weight": 1, "backbone.norm_f.weight": 3}
+    tensors.update({name: torch.zeros(size) for name, size in wrong.items()})
 
 
-def test_missing_unknown_and_misshapen_weights_are_all_listed(folder):
-    def change(tensors):
-        del tensors["backbone.layers.0.mixer.A_log"]
-        tensors["extra"] = torch.zeros(1)
-        tensors["backbone.norm_f.weight"] = torch.zeros(3)
+# Weights that do not fit
 
-    edit(folder, change)
-    with pytest.raises(ValueError, match=r"missing.*A_log.*unknown.*extra.*another shape.*norm_f"):
+
+@pytest.mark.parametrize("model", [HybridLMForCausalLM, HybridLMModel])
+def test_missing_unknown_and_misshapen_weights_are_all_listed(model, folder):
+    edit(folder, damage)
+    with pytest.raises(ValueError) as error:
+        model.from_pretrained(folder)
+    kinds = str(error.value).partition("config.json; ")[2].split("; ")
+    assert [kind.partition(":")[0] for kind in kinds] == ["missing", "unknown", "of another shape"]
+    for kind, names in zip(kinds, (["A_log", "experts.3.up_proj.weight"], ["extra", "layers.7.norm"], ["norm_f.weight"])):
+        assert all(name in kind for name in names)
+
+
+@pytest.mark.parametrize("name", ["backbone.layers.1.mixer.gate.e_score_correction_bias", "lm_head.weight"])
+def test_a_single_missing_tensor_is_an_error(name, folder):
+    edit(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"missing: {name}"):
         HybridLMForCausalLM.from_pretrained(folder)
+
+
+def test_who_asks_for_the_report_gets_it_instead(folder):
+    edit(folder, lambda tensors: damage(tensors) or tensors.pop("backbone.norm_f.weight"))
+    _, info = HybridLMForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert "backbone.norm_f.weight" in info["missing_keys"] and "extra" in info["unexpected_keys"]
+
+
+def test_who_accepts_other_shapes_gets_fresh_weights_there(folder):
+    edit(folder, lambda tensors: tensors.update({"backbone.norm_f.weight": torch.zeros(3)}))
+    model = HybridLMForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert torch.equal(model.backbone.norm_f.weight, torch.ones(32))
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight\.$"):
+        HybridLMForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+
+def test_a_shard_that_is_not_there_is_an_error(sharded):
+    sorted(sharded.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        HybridLMForCausalLM.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("length", [0, 5, 3000])
+def test_a_file_that_was_cut_off_is_an_error(length, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match="no checkpoint"):
+        HybridLMForCausalLM.from_pretrained(folder)
+
+
+# Nothing outside the folder, and no code
+
+
+def escapes(sharded, outside):
+    """Shard names that lead to a file outside."""
+    (sharded / "link.safetensors").symlink_to(outside)
+    (sharded / "up").symlink_to(outside.parent)
+    return ["../outside.safetensors", str(outside), "link.safetensors", "up/outside.safetensors", "x/../../outside.safetensors"]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_an_index_that_leads_outside_is_refused_before_it_is_opened(which, sharded, monkeypatch):
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    outside = sharded.parent / "outside.safetensors"
+    shutil.copy(shard, outside)
+    name = escapes(sharded, outside)[which]
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] = {key: name if file == shard.name else file for key, file in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", lambda *a, **k: pytest.fail("weights were opened"))
+    with pytest.raises(ValueError, match="outside its folder") as error:
+        HybridLMForCausalLM.from_pretrained(sharded)
+    assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}, "metadata": {}}', '{"weight_map": {}}']
+)
+def test_an_index_that_is_none_is_an_error(content, sharded):
+    (sharded / INDEX).write_text(content)
+    with pytest.raises(ValueError, match="no index of weights"):
+        HybridLMForCausalLM.from_pretrained(sharded)
+
+
+def test_a_link_to_the_folder_itself_is_no_escape(sharded):
+    """As RUN/model is one."""
+    (sharded.parent / "run").symlink_to(sharded)
+    HybridLMForCausalLM.from_pretrained(sharded.parent / "run")
+
+
+def test_the_hubs_own_cache_opens(sharded, tmp_path):
+    """There every file is a link to a blob beside the snapshot."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sharded.iterdir()):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    check_shards(snapshot)
+    HybridLMForCausalLM.from_pretrained(snapshot)
+
+
+def test_a_name_on_the_hub_has_its_index_checked_first(sharded, monkeypatch):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = "../../../other.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    asked = []
+    monkeypatch.setattr(
+        "hybridlm.checkpoint.cached_file", lambda name, file, **kwargs: asked.append((name, file, kwargs)) or str(sharded / INDEX)
+    )
+    with pytest.raises(ValueError, match="outside its folder"):
+        HybridLMForCausalLM.from_pretrained("someone/something", revision="abc", local_files_only=True)
+    ((name, file, kwargs),) = asked
+    assert (name, file, kwargs["revision"], kwargs["local_files_only"]) == ("someone/something", INDEX, "abc", True)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was run",)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_safetensors": False}, {"use_safetensors": None}])
+def test_a_pickle_is_never_opened(arguments, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"no checkpoint|safetensors files alone"):
+        HybridLMForCausalLM.from_pretrained(folder, **arguments)
+
+
+# Folders that are none
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "runs/demo/model"])

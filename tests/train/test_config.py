@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hybridlm.strict_yaml import parse_yaml
 from train.config import argument_parser, differences, dump, leaves, parse, parse_command_line
-from train.strict_yaml import parse_yaml
 
 TINY = {"run_dir": "r", "model": {"config": "configs/model/tiny.yaml"}}
 

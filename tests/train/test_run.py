@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm.strict_yaml import load_yaml
 from train.run import append, check, claim, drop_after
-from train.strict_yaml import load_yaml
 
 
 def start(config, resume="auto", allow_config_change=False):

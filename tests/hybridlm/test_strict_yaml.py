@@ -1,6 +1,6 @@
 import pytest
 
-from train.strict_yaml import load_yaml, parse_yaml
+from hybridlm.strict_yaml import load_yaml, parse_yaml
 
 
 @pytest.mark.parametrize(

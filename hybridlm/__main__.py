@@ -1,0 +1,166 @@
+"""`python -m hybridlm …`: exit 0 done, 2 usage or bad input (`error: …` on stderr), 1 failure, 130 stopped by Ctrl-C."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# What each command does is imported when it is called: torch takes seconds, and --help and a typo should not.
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from hybridlm.cli.inspect import figures, page, read_config
+    from hybridlm.output import write_json
+
+    config = read_config(args.source)
+    content = figures(config, gpus=args.gpus, precision=args.precision, seq_len=args.seq_len, micro_batch=args.micro_batch)
+    if args.json is not None:
+        write_json(content, args.json)
+    if args.json != "-":
+        print(page(content))
+
+
+def generate(args: argparse.Namespace) -> None:
+    from hybridlm.cli.generate import generate, read_prompt
+
+    if args.temperature is None and (args.top_k or args.top_p):
+        raise ValueError("--top-k and --top-p narrow what is sampled from; without --temperature nothing is. Give it, say 1.")
+    generate(
+        args.model, read_prompt(args.prompt), args.max_new,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, backend=args.backend, dtype=args.dtype,
+    )  # fmt: skip
+
+
+def verify(args: argparse.Namespace) -> int:
+    from hybridlm.cli.verify import compare, page
+    from hybridlm.output import write_json
+
+    content = compare(args.model, args.tokens, args.tolerance)
+    if args.json is not None:
+        write_json(content, args.json)
+    if args.json != "-":
+        print(page(content))
+    return 0 if content["same"] else 1
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from hybridlm.cli.doctor import examine
+
+    text, usable = examine()
+    print(text)
+    return 0 if usable else 1
+
+
+def size(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1; got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
+def probability(text: str) -> float:
+    if (value := positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
+    return value
+
+
+def json_file(text: str) -> str:
+    if text != "-" and (not Path(text).absolute().parent.is_dir() or Path(text).is_dir()):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, or - for stdout; got {text!r}")
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hybridlm", description="Looks into a model, runs it, checks it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        style = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=text.split(":")[0], description=text, formatter_class=style, allow_abbrev=False)
+        sub.set_defaults(run_command=run)
+        return sub
+
+    json_help = "write the figures there; - prints them, and no table"
+
+    sub = command(
+        "inspect", inspect,
+        "what a model is made of and what it costs: layers, parameters, FLOPs, cache beside its Transformer twin, and memory "
+        "in training. From the configuration alone; no weights are read.",
+    )  # fmt: skip
+    sub.add_argument(
+        "source", metavar="DIR|CONFIG", help="model folder, a name on the hub, a shape file (.yaml) or a config.json"
+    )
+    sub.add_argument("--gpus", type=size, default=1, metavar="N", help="GPUs that share the training state")
+    sub.add_argument("--precision", choices=("bf16", "fp32", "fp8"), default="bf16", help="of the matrix products in training")
+    sub.add_argument("--seq-len", type=size, default=8192, metavar="N", help="positions of a sequence, for FLOPs and activations")
+    sub.add_argument("--micro-batch", type=size, default=1, metavar="N", help="sequences in one pass of a GPU")
+    sub.add_argument("--json", type=json_file, metavar="PATH", help=json_help)
+
+    sub = command(
+        "generate", generate,
+        "continues a text: the continuation goes to stdout as it comes, its speed to stderr. Greedy without --temperature.",
+    )  # fmt: skip
+    sub.add_argument("model", metavar="DIR", help="model folder, or a name on the hub")
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin")
+    sub.add_argument("--max-new", type=size, default=128, metavar="N", help="tokens to generate at most")
+    sub.add_argument("--temperature", type=positive, metavar="T", help="sample at this temperature")
+    sub.add_argument("--top-k", type=size, metavar="K", help="sample among the K likeliest tokens")
+    sub.add_argument("--top-p", type=probability, metavar="P", help="sample among the likeliest tokens that make up P")
+    sub.add_argument("--seed", type=seed, metavar="S", help="makes sampling repeatable")
+    sub.add_argument("--backend", default="auto", help="operators: auto, eager, fused or naive")
+    sub.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on a GPU, fp32 on a CPU")
+
+    sub = command(
+        "verify", verify,
+        "whether stock transformers gives our logits: both open the folder in fp32 on the CPU, one after the other, and read the "
+        "same random tokens and, where there is a tokenizer, a text. Figures are max|ours - stock's| / max|stock's|, with the "
+        "lower bound that stock puts on dt lifted; what that bound changes is told apart. Exit 1 past the tolerance.",
+    )  # fmt: skip
+    sub.add_argument("model", metavar="DIR", help="model folder")
+    sub.add_argument("--tokens", type=size, default=512, metavar="N", help="random tokens to read, at least 32")
+    sub.add_argument("--tolerance", type=positive, default=1e-4, metavar="X", help="greatest difference that passes")
+    sub.add_argument("--json", type=json_file, metavar="PATH", help=json_help)
+
+    command("doctor", doctor, "what this machine has, what is missing, and the command that installs it.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        status = args.run_command(args) or 0
+        sys.stdout.flush()
+        return status
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `… | head`: nothing more to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What this machine has and what it lacks. Nothing heavy is imported at the top: it must run where torch does not."""
+
+import importlib
+import importlib.metadata
+import platform
+from collections.abc import Callable
+
+from hybridlm.output import BYTES, scaled, table
+
+# Source only, and built against the torch that is there.
+BUILD = "pip install ninja packaging wheel && pip install --no-build-isolation"
+PACKAGES = {  # module: (package, what it is for, what installs it)
+    "torch": ("torch", "everything", "pip install 'torch>=2.7'"),
+    "transformers": ("transformers", "everything", "pip install 'transformers>=5.20'"),
+    "accelerate": ("accelerate", "training", "pip install 'accelerate>=1.10'"),
+    "datasets": ("datasets", "reading data", "pip install 'datasets>=4.0'"),
+    "wandb": ("wandb", "logging to Weights & Biases", "pip install 'wandb>=0.20'"),
+    "causal_conv1d": ("causal-conv1d", "fused operators", f"{BUILD} 'causal-conv1d>=1.4'"),
+    "mamba_ssm": ("mamba-ssm", "fused operators", f"{BUILD} 'mamba-ssm>=2.2'"),
+    "triton": ("triton", "fused operators", "pip install triton"),
+    "torchao": ("torchao", "train.precision fp8", "pip install 'torchao>=0.13'"),
+    "lm_eval": ("lm-eval", "standard benchmarks", "pip install 'lm-eval>=0.4.9'"),
+}
+NEEDED = ("torch", "transformers")
+FOR_FUSED = ("causal_conv1d", "mamba_ssm", "triton")
+
+
+def state_of(module: str) -> tuple[str, str]:
+    """Whether a package works: ("works", its version), ("missing", ""), ("broken", the error of its import)."""
+    try:
+        version = importlib.metadata.version(PACKAGES[module][0])
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module and not version:
+            return "missing", ""
+        return "broken", said(error)
+    except Exception as error:  # a missing library of the system, another torch's binary, …
+        return "broken", said(error)
+    return "works", version or str(getattr(imported, "__version__", "?"))
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def asked(question: Callable[[], str]) -> str:
+    """The answer, or the error that came instead: nothing on a broken machine may stop the page."""
+    try:
+        return question()
+    except Exception as error:
+        return said(error)
+
+
+def examine() -> tuple[str, bool]:
+    """The page, and whether torch and transformers can be used."""
+    states = {module: state_of(module) for module in PACKAGES}
+    rows = [("package", "version", "for", "what to do")]
+    for module, (package, purpose, install) in PACKAGES.items():
+        state, detail = states[module]
+        shown = detail if state == "works" else state
+        do = {"works": "", "missing": install, "broken": f"{detail}; again: {install}"}[state]
+        rows.append((package, shown, purpose, do))
+    usable = all(states[module][0] == "works" for module in NEEDED)
+    machine = [("python", platform.python_version())]
+    if states["torch"][0] == "works":
+        machine += [(name, asked(question)) for name, question in (("cpu", cpu), ("cuda", cuda))]
+    if usable:
+        lacking = [PACKAGES[module][0] for module in FOR_FUSED if states[module][0] != "works"]
+        machine += [("operators", asked(operators)), ("fused", asked(lambda: fused(lacking)))]
+    else:
+        machine.append(("operators", "none: torch and transformers must work first"))
+    return f"{table(machine, '<<')}\n\n{table(rows, '<<<<')}", usable
+
+
+def cpu() -> str:
+    import psutil
+    import torch
+
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    memory = scaled(psutil.virtual_memory().total, BYTES)
+    return f"{torch.get_num_threads()} thread(s), {memory}, {'bf16 units' if native else 'bf16 without units for it: slow'}"
+
+
+def cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        return f"no device ({built})"
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return ", ".join(f"{device.name} ({scaled(device.total_memory, BYTES)})" for device in devices)
+
+
+def operators() -> str:
+    from hybridlm.ops import build_ops
+
+    return ", ".join(f"{op} {backend}" for op, backend in build_ops("auto").backends.items())
+
+
+def fused(lacking: list[str]) -> str:
+    """Whether `ops.backend: fused` runs here, and if not, what for."""
+    import torch
+
+    from hybridlm.ops import build_ops
+
+    lacking = ([] if torch.cuda.is_available() else ["a CUDA device"]) + lacking
+    needs = f" Missing for it here: {', '.join(lacking)}." if lacking else ""
+    try:
+        build_ops("fused")
+    except Exception as error:
+        return f"no. {error}{needs}"
+    return f"yes.{needs}"
