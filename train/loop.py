@@ -18,10 +18,11 @@ from hybridlm.data.sampler import Sampler
 from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
 from train import checkpoint
+from train.card import model_card
 from train.config import RunConfig
 from train.optim import adamw, learning_rate, micro_batches
-from train.run import append, check, claim
-from train.setup import build_model, build_tokenizer, describe, model_card, open_data, start_wandb
+from train.run import append, check, claim, last_line
+from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
 from train.validation import sample_text, validation_loss
 
 T = TypeVar("T")
@@ -104,7 +105,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
     def save() -> None:
         if main:
-            card = model_card(config, bare, train_shards.meta["source"], step, tokens)
+            card = model_card(config, bare, train_shards.meta["source"], step, tokens, last_line(metrics, "val_loss"))
             checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity}, card)
             checkpoint.prune(run_dir, config.train.keep_checkpoints)
         accelerator.wait_for_everyone()

@@ -75,6 +75,12 @@ def append(file: Path, line: dict) -> None:
         out.write(json.dumps(line) + "\n")
 
 
+def last_line(file: Path, key: str) -> dict | None:
+    """The last line that has `key`."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return next((line for line in reversed(list(lines)) if key in line), None)
+
+
 def drop_after(file: Path, step: int) -> None:
     """Removes the lines of steps that are about to be run again, and one that was cut off in the middle."""
     if not file.exists():

@@ -98,27 +98,3 @@ def start_wandb(accelerator: Accelerator, config: RunConfig) -> None:
             f"wandb       {mode}"
             + ("" if mode == "online" else f" (no key is configured); later: wandb sync {config.run_dir}/wandb/…")
         )
-
-
-def model_card(config: RunConfig, model: HybridLMForCausalLM, data: str, step: int, tokens: int) -> str:
-    """The README.md of a model folder."""
-    parameters = sum(p.numel() for p in model.parameters())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [hybrid, mamba2, {model.config.model_type if not model.config.is_nemotron_h else "nemotron_h"}]
----
-
-# {Path(config.run_dir).name}
-
-A language model of {parameters:,} parameters. Layers: `{model.config.hybrid_override_pattern}` (M Mamba-2, * attention, - FFN).
-Trained with hybridlm for {step:,} of {config.train.steps:,} steps, {tokens:,} tokens, on {data}
-{f"from the weights of {config.model.init_from} " if config.model.init_from else ""}in windows of {config.data.seq_len:,} tokens.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-"""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausalLM
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.data.sampler import Sampler
@@ -164,13 +164,30 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_whole_batch(make_config):
     assert lines(config)[0]["loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
 
 
-def test_training_goes_on_from_a_checkpoint_with_the_loss_where_it_was(make_config, tmp_path):
-    first = make_config()
+@pytest.mark.parametrize("writer", ["ours", "stock", "published"])
+@pytest.mark.parametrize("pattern", ["M*-", "ME*-"])
+def test_training_goes_on_from_any_folder_with_the_loss_where_it_was(writer, pattern, make_config, tmp_path):
+    shape = make_config().model.config | {"hybrid_override_pattern": pattern}
+    shape |= {"n_routed_experts": 4, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16}
+    first = make_config(model__config=shape)
     train(first)
-    second = make_config(run_dir=str(tmp_path / "second"), model__init_from=str(Path(first.run_dir) / "model"), train__steps=2)
-    train(second)
-    assert lines(second, "val_loss")[0]["val_loss"] == pytest.approx(lines(first, "val_loss")[-1]["val_loss"], abs=1e-6)
-    assert any(not torch.equal(a, weights(first)[name]) for name, a in weights(second).items())
+    folder = Path(first.run_dir) / "model"
+    if writer != "ours":
+        theirs, tokenizer = NemotronHForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        folder = tmp_path / "theirs"
+        theirs.save_pretrained(folder, max_shard_size="20KB" if writer == "published" else "5GB")
+        tokenizer.save_pretrained(folder)
+    if writer == "published":
+        config = json.loads((folder / "config.json").read_text())
+        del config["layers_block_type"], config["head_dim"], config["time_step_init_min"]
+        spellings = {"hybrid_override_pattern": pattern, "attention_head_dim": 16, "time_step_limit": [0.0, math.inf]}
+        (folder / "config.json").write_text(json.dumps(config | spellings | {"num_logits_to_keep": 1}))
+    second = {"run_dir": str(tmp_path / "second"), "model__init_from": str(folder)}
+    train(make_config(**second, train__steps=2, train__checkpoint_every=1))
+    losses = lines(make_config(**second), "val_loss")
+    assert losses[0]["val_loss"] == pytest.approx(lines(first, "val_loss")[-1]["val_loss"], abs=1e-6)
+    before, after = weights(first), weights(make_config(**second))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in after)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,9 +1,6 @@
-from pathlib import Path
-
 import pytest
 
 from hybridlm.tokenizer import byte_tokenizer
-from train.loop import train
 from train.setup import build_model, build_tokenizer, open_data
 
 
@@ -33,10 +30,3 @@ def test_validation_documents_of_one_token_are_an_error_before_the_run(make_conf
     config = make_config(data__val_source=str(tmp_path / "one.txt"))
     with pytest.raises(ValueError, match="nothing to predict"):
         open_data(config, byte_tokenizer(), 258, quiet=True)
-
-
-def test_the_model_card_and_the_tokenizer_lie_beside_the_weights(make_config):
-    train(make_config(train__steps=2))
-    card = (Path(make_config().run_dir) / "model" / "README.md").read_text()
-    assert "2 of 2 steps, 256 tokens" in card
-    assert (Path(make_config().run_dir) / "model" / "tokenizer.json").is_file()
