@@ -170,8 +170,11 @@ class HybridLMModel(HybridLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         x = self.embed(input_ids) if input_ids is not None else cast(Tensor, inputs_embeds)
-        if x.dim() != 3:
-            raise ValueError(f"the input must have shape (batch, time); got {tuple(x.shape[:-1])}.")
+        if x.dim() != 3 or x.shape[2] != c.hidden_size:
+            given = x.shape if input_ids is None else x.shape[:-1]
+            raise ValueError(
+                f"input_ids must have shape (batch, time), inputs_embeds (batch, time, {c.hidden_size}); got {tuple(given)}."
+            )
         if 0 in x.shape:
             raise ValueError(f"the input has no tokens: its shape is {tuple(x.shape[:2])}. Pass at least one row of one token.")
         attentions: list[Tensor] | None = (
@@ -272,7 +275,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if targets is not None:
-            self.check_targets(targets)
+            self.check_targets(targets, hidden)
             weight = self.lm_head.weight
             loss = self.ops.cross_entropy(hidden.to(weight.device), weight, targets.to(weight.device))
         else:
@@ -280,6 +283,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
             if labels is None:
                 logits = self.lm_head(hidden[:, keep]).float()
             else:
+                self.check_targets(labels, hidden)
                 every = self.lm_head(hidden).float()
                 loss, logits = self.label_loss(every, labels, num_items_in_batch), every[:, keep]
         output = CausalLMOutputWithPast(
@@ -294,13 +298,16 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
     def label_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
         if labels.shape[1] < 2:
             raise ValueError("labels need at least two positions: the label at t + 1 is the target at t.")
-        self.check_targets(labels)
         targets = labels[:, 1:].to(logits.device)
         items = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         nats = cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return nats / torch.as_tensor(items, device=nats.device).clamp(min=1)  # no target at all: 0
 
-    def check_targets(self, targets: Tensor) -> None:
+    def check_targets(self, targets: Tensor, hidden: Tensor) -> None:
+        if targets.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"labels and targets must have the shape of the input, {tuple(hidden.shape[:2])}; got {tuple(targets.shape)}."
+            )
         bad = targets[((targets < 0) | (targets >= self.config.vocab_size)) & (targets != IGNORE)]
         if len(bad):
             raise ValueError(

@@ -110,7 +110,10 @@ def _pass(model: PreTrainedModel, batch: list[np.ndarray], cache=None) -> tuple[
         ids[row, : len(window) - 1] = window[:-1]
         targets[row, : len(window) - 1] = window[1:]
     nll = model(
-        torch.from_numpy(ids).to(model.device), targets=torch.from_numpy(targets).to(model.device), past_key_values=cache
+        torch.from_numpy(ids).to(model.device),
+        targets=torch.from_numpy(targets).to(model.device),
+        past_key_values=cache,
+        use_cache=cache is not None,
     ).loss
     counts = np.array([len(window) - 1 for window in batch])
     return nll.double().sum(-1).cpu().numpy(), counts

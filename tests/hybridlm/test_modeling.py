@@ -34,37 +34,49 @@ def test_a_token_leaves_all_logits_before_it_bitwise_equal_and_moves_its_own(pos
     assert (a[:, position:] - b[:, position:]).abs().amax((0, 2)).gt(1e-6).all()
 
 
-LENGTHS = [5, 1, 9, 3, 6]  # chunks are of 8
+LENGTHS = [5, 1, 9, 3, 6]
+# Chunks are of 8: documents that end on their edges, inside a window of the convolution, after one token.
+CUTS = [LENGTHS, [8, 1, 7, 2, 5, 1], [1, 1, 1, 13, 8], [16, 3]]
+EXPERTS = {"hybrid_override_pattern": "MEM*-ME"}
 
 
 def packed(lengths):
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
 
 
+@pytest.mark.parametrize("lengths", CUTS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"rope_theta": 100.0}, {"hybrid_override_pattern": "M-"}, {"hybrid_override_pattern": "*"}]
+    "changes", [{}, EXPERTS, {"rope_theta": 100.0}, {"hybrid_override_pattern": "M-"}, {"hybrid_override_pattern": "*"}]
 )
-def test_packed_documents_equal_each_run_alone(changes, exact, draw_ids):
-    model, ids = exact(**changes), draw_ids(1, sum(LENGTHS))
-    alone = torch.cat([hidden(model, document) for document in ids.split(LENGTHS, dim=1)], dim=1)
+def test_packed_documents_equal_each_run_alone(changes, lengths, exact, draw_ids):
+    model, ids = exact(**changes), draw_ids(1, sum(lengths))
+    alone = torch.cat([hidden(model, document) for document in ids.split(lengths, dim=1)], dim=1)
     tolerance = 1e-5 if "rope_theta" in changes else 1e-9  # the angles are fp32
-    torch.testing.assert_close(hidden(model, ids, seq_idx=packed(LENGTHS)), alone, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(hidden(model, ids, seq_idx=packed(lengths)), alone, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_a_document_cannot_touch_another_bitwise_in_outputs_and_gradients(changed, tiny_model, draw_ids):
-    model, ids, seq_idx = tiny_model(), draw_ids(1, sum(LENGTHS)), packed(LENGTHS)
+@pytest.mark.parametrize(("lengths", "changed"), [(lengths, i) for lengths in CUTS for i in range(len(lengths))])
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["M*-", "E"])
+def test_a_document_cannot_touch_another_in_outputs_and_gradients(changes, lengths, changed, tiny_model, draw_ids, relative):
+    """Bitwise; with experts to 1e-6, because how many tokens an expert has decides how its product is computed."""
+    model, ids, seq_idx = tiny_model(**changes), draw_ids(1, sum(lengths)), packed(lengths)
     others = seq_idx != changed
     ids_changed = torch.where(others, ids, (ids + 11) % VOCABULARY)
     seen = []
     for tokens in (ids, ids_changed):
         embeddings = model.backbone.embeddings(tokens).detach().requires_grad_()
         logits = model(inputs_embeds=embeddings, seq_idx=seq_idx).logits
-        (gradient,) = torch.autograd.grad(logits[others].square().sum(), embeddings)
+        of_others = F.cross_entropy(logits[others], ids[others])
+        gradient, *weights = torch.autograd.grad(of_others, [embeddings, *model.backbone.layers.parameters()])
         assert (gradient[~others] == 0).all()
         assert (gradient[others] != 0).any(-1).all()
-        seen.append((logits[others], gradient[others]))
-    assert all(torch.equal(a, b) for a, b in zip(*seen))
+        seen.append((logits[others], gradient[others], *weights))
+    if not changes:
+        assert all(torch.equal(a, b) for a, b in zip(*seen))
+    else:
+        (a, *gradients), (b, *others_gradients) = seen
+        assert relative(a, b) < 1e-6
+        assert all((x - y).abs().max() < 1e-6 for x, y in zip(gradients, others_gradients))
 
 
 def test_rows_pack_their_documents_each_for_itself(exact, draw_ids):
@@ -129,8 +141,38 @@ def test_a_token_outside_the_vocabulary_is_named(bad, tiny_model):
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 5), (0, 0)])
 def test_an_empty_input_is_an_error(shape, tiny_model):
-    with pytest.raises(ValueError, match="has no tokens"):
-        tiny_model()(torch.zeros(shape, dtype=torch.long))
+    model, ids = tiny_model(), torch.zeros(shape, dtype=torch.long)
+    for arguments in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(*shape, 32)}, {"input_ids": ids, "labels": ids}):
+        with pytest.raises(ValueError, match="has no tokens"):
+            model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ({"input_ids": torch.tensor([3, 4])}, r"\(2,\)"),
+        ({"input_ids": torch.ones(1, 2, 3, dtype=torch.long)}, r"\(1, 2, 3\)"),
+        ({"inputs_embeds": torch.zeros(2, 3, 31)}, r"\(2, 3, 31\)"),
+        ({"inputs_embeds": torch.zeros(2, 32)}, r"\(2, 32\)"),
+    ],
+)
+def test_an_input_of_another_shape_is_an_error(arguments, got, tiny_model):
+    with pytest.raises(ValueError, match=rf"inputs_embeds \(batch, time, 32\); got {got}"):
+        tiny_model()(**arguments)
+
+
+@pytest.mark.parametrize("name", ["labels", "targets"])
+def test_targets_of_another_shape_are_an_error(name, tiny_model, draw_ids):
+    with pytest.raises(ValueError, match=r"shape of the input, \(2, 5\); got \(2, 4\)"):
+        tiny_model()(draw_ids(2, 5), **{name: draw_ids(2, 4)})
+
+
+@torch.no_grad()
+def test_rows_of_nothing_but_padding_are_finite_and_change_no_other(tiny_model, draw_ids):
+    model, ids = tiny_model(), draw_ids(2, 6)
+    logits = model(ids, torch.tensor([[0] * 6, [1] * 6])).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[1:], model(ids[1:]).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_documents_that_fall_or_have_another_shape_are_an_error(tiny_model, draw_ids):
