@@ -37,7 +37,7 @@ def test_a_token_leaves_all_logits_before_it_bitwise_equal_and_moves_its_own(pos
 LENGTHS = [5, 1, 9, 3, 6]
 # Chunks are of 8: documents that end on their edges, inside a window of the convolution, after one token.
 CUTS = [LENGTHS, [8, 1, 7, 2, 5, 1], [1, 1, 1, 13, 8], [16, 3]]
-EXPERTS = {"hybrid_override_pattern": "MEM*-ME"}
+EXPERTS = {"hybrid_override_pattern": "MEM*-ME", "initializer_range": 0.1}
 
 
 def packed(lengths):
@@ -57,7 +57,7 @@ def test_packed_documents_equal_each_run_alone(changes, lengths, exact, draw_ids
 
 @pytest.mark.parametrize(("lengths", "changed"), [(lengths, i) for lengths in CUTS for i in range(len(lengths))])
 @pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["M*-", "E"])
-def test_a_document_cannot_touch_another_in_outputs_and_gradients(changes, lengths, changed, tiny_model, draw_ids, relative):
+def test_a_document_cannot_touch_another_in_outputs_and_gradients(changes, lengths, changed, tiny_model, draw_ids):
     """Bitwise; with experts to 1e-6, because how many tokens an expert has decides how its product is computed."""
     model, ids, seq_idx = tiny_model(**changes), draw_ids(1, sum(lengths)), packed(lengths)
     others = seq_idx != changed
@@ -71,12 +71,8 @@ def test_a_document_cannot_touch_another_in_outputs_and_gradients(changes, lengt
         assert (gradient[~others] == 0).all()
         assert (gradient[others] != 0).any(-1).all()
         seen.append((logits[others], gradient[others], *weights))
-    if not changes:
-        assert all(torch.equal(a, b) for a, b in zip(*seen))
-    else:
-        (a, *gradients), (b, *others_gradients) = seen
-        assert relative(a, b) < 1e-6
-        assert all((x - y).abs().max() < 1e-6 for x, y in zip(gradients, others_gradients))
+    for a, b in zip(*seen):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max().clamp(min=1) if changes else torch.equal(a, b)
 
 
 def test_rows_pack_their_documents_each_for_itself(exact, draw_ids):
