@@ -14,6 +14,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import eval.__main__
+import hybridlm.__main__
 import train.__main__
 from hybridlm.data.sampler import Sampler
 
@@ -34,13 +35,17 @@ RULES = [
     ("python -m eval perplexity", ""),
     ("python -m eval throughput", "--repeats 1 --prompt 64 --new 2 --no-twin"),
     ("python -m eval report", "--prompt 16"),
+    ("python -m hybridlm inspect", ""),
+    ("python -m hybridlm generate", "--max-new 5"),
+    ("python -m hybridlm verify", "--tokens 32"),
+    ("python -m hybridlm doctor", ""),
 ]
 # `python -m` runs in this process, which has torch already; these need processes of their own.
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
 }
-MAINS = {"train": train.__main__.main, "eval": eval.__main__.main}
+MAINS = {"train": train.__main__.main, "eval": eval.__main__.main, "hybridlm": hybridlm.__main__.main}
 
 
 def blocks(language):
@@ -102,10 +107,11 @@ def test_the_commands_run_in_their_order(checkout, monkeypatch, capsys):
         seen.add(line)
     assert (checkout / "runs/demo/report/index.html").is_file()
     assert (checkout / "speed.json").is_file()
+    check_python(checkout)
 
 
-def test_the_python_of_the_readme_runs_with_torch_and_transformers_alone(checkout):
-    """On the model of the run above; `hybridlm` and what only it needs are kept from being imported."""
+def check_python(checkout):
+    """The code block, on the model of the run above; `hybridlm` and what only it needs are kept from being imported."""
     (code,) = blocks("python")
     guard = "import sys\nfor name in ('hybridlm', 'accelerate', 'datasets', 'pydantic'): sys.modules[name] = None\n"
     code = guard + code.replace("max_new_tokens=100", "max_new_tokens=3")
