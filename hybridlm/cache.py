@@ -22,7 +22,8 @@ class HybridCache(Cache):
 
     def __init__(self, layers: int):
         self.states: list[State | None] = [None] * layers
-        self.reset()
+        self.seen = 0
+        self.tokens: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"HybridCache({len(self)} layers, {self.seen} positions seen, {self.nbytes():,} bytes)"

@@ -69,16 +69,16 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         if name is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(name, *args, **kwargs)
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        if kwargs.get("use_safetensors") is False:
             raise ValueError("weights are read from safetensors files alone: others can run code when opened.")
         check_folder(name)
         download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        check_shards(name, **{key: kwargs[key] for key in download if key in kwargs})
         lenient = kwargs.get("ignore_mismatched_sizes", False)
         wants_info = kwargs.pop("output_loading_info", False)
-        listed = {"output_loading_info": True, "ignore_mismatched_sizes": lenient or not wants_info}
+        listed = {"output_loading_info": True, "ignore_mismatched_sizes": lenient or not wants_info, "use_safetensors": True}
         path = Path(name).expanduser()
         try:
+            check_shards(name, **{key: kwargs[key] for key in download if key in kwargs})
             loaded: Any = super().from_pretrained(path if path.exists() else name, *args, **kwargs | listed)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} is no checkpoint: {error}") from None
@@ -182,7 +182,12 @@ class HybridLMModel(HybridLMPreTrainedModel):
         )
         if past_key_values is None and (c.use_cache and not self.training if use_cache is None else use_cache):
             past_key_values = HybridCache(len(self.layers))
-        cache: Any = past_key_values
+        cache = past_key_values
+        if cache is not None and (not isinstance(cache, HybridCache) or len(cache) != len(self.layers)):
+            raise ValueError(
+                f"past_key_values must be a HybridCache of {len(self.layers)} layers, as use_cache=True starts one; "
+                f"got {type(cache).__name__}{f' of {len(cache)}' if isinstance(cache, HybridCache) else ''}."
+            )
         tokens = find_tokens(x.shape[0], x.shape[1], attention_mask, cache)
         context = build_context(cast(HybridLMConfig, c), x, tokens, seq_idx, cache, attentions)
         wanted = c.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -158,7 +158,7 @@ class Bomb:
         return pytest.fail, ("a pickle was run",)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"use_safetensors": False}, {"use_safetensors": None}])
+@pytest.mark.parametrize("arguments", [{}, {"use_safetensors": None}, {"use_safetensors": False}])
 def test_a_pickle_is_never_opened(arguments, folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from hybridlm.cache import HybridCache
 
@@ -167,6 +167,14 @@ def test_a_cache_of_other_rows_is_an_error(tiny_model, draw_ids):
     cache = model(draw_ids(2, 4), use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"has 2 row\(s\) and the input 3"):
         model(draw_ids(3, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("cache", "got"), [(DynamicCache(), "DynamicCache"), (HybridCache(3), "HybridCache of 3"), ((), "tuple")]
+)
+def test_a_cache_of_another_kind_is_an_error(cache, got, tiny_model, draw_ids):
+    with pytest.raises(ValueError, match=rf"HybridCache of 7 layers.*got {got}\.$"):
+        tiny_model()(draw_ids(1, 4), past_key_values=cache)
 
 
 def test_a_cache_that_was_reset_is_new(exact, draw_ids):
