@@ -225,10 +225,10 @@ def _limit(limit: Any) -> Any:
         return NO_LIMIT
     if not isinstance(limit, (list, tuple)) or len(limit) != 2:
         return limit  # a fault, which the config will name
-    low, high = (x.get("__float__") if isinstance(x, dict) else x for x in limit)
     try:
+        low, high = (x["__float__"] if isinstance(x, dict) else x for x in limit)
         low, high = 0.0 if low is None else float(low), math.inf if high is None else float(high)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         return limit
     return [low, math.inf if high >= 1e30 else high]
 

@@ -63,6 +63,65 @@ def test_a_fault_names_its_field(changes, tiny_config):
         tiny_config(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_routed_experts": 7, "n_group": 2},
+        {"n_routed_experts": 6, "n_group": 6},
+        {"topk_group": 3, "n_group": 2},
+        {"num_experts_per_tok": 4, "n_group": 2, "topk_group": 1},
+        {"num_experts_per_tok": 0},
+        {"moe_latent_size": 0},
+        {"moe_latent_size": 2.5},
+        {"routed_scaling_factor": math.nan},
+        {"n_shared_experts": 0},
+        {"norm_topk_prob": 1},
+    ],
+)
+def test_a_fault_of_the_experts_names_its_field_where_there_are_experts(changes, tiny_config):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        tiny_config(hybrid_override_pattern="ME", **changes)
+
+
+def test_fields_of_experts_are_on_disk_where_there_are_experts(tiny_config):
+    assert not MOE_FIELDS & to_disk(tiny_config()).keys()
+    config = tiny_config(hybrid_override_pattern="ME", moe_latent_size=8, n_group=3, topk_group=2, norm_topk_prob=False)
+    assert to_disk(config).keys() >= MOE_FIELDS
+    assert own(HybridLMConfig(**from_disk(to_disk(config)))) == own(config)
+
+
+SPELLINGS = {  # those of vLLM's class and of older configurations
+    "mamba_n_groups": ("n_groups", 3), "mamba_d_conv": ("conv_kernel", 3), "mamba_chunk_size": ("chunk_size", 16),
+    "mamba_expand": ("expand", 3), "mamba_conv_bias": ("use_conv_bias", False), "mamba_dt_min": ("time_step_min", 0.01),
+    "mamba_dt_max": ("time_step_max", 0.2), "mamba_dt_init_floor": ("time_step_floor", 1e-3),
+    "norm_eps": ("layer_norm_epsilon", 1e-6),
+    "mamba_dt_limit": ("time_step_limit", [0.0, 0.5]), "num_local_experts": ("n_routed_experts", 4),
+    "layer_types": ("hybrid_override_pattern", "M*-E"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_spellings_are_read(spelling, tiny, tmp_path):
+    name, value = SPELLINGS[spelling]
+    fields = tiny(model_type="nemotron_h")
+    fields.pop(name, None)
+    written = ["linear_attention", "full_attention", "mlp", "moe"] if spelling == "layer_types" else value
+    (tmp_path / "config.json").write_text(json.dumps(fields | {spelling: written}))
+    assert getattr(HybridLMConfig.from_pretrained(tmp_path), name) == value
+
+
+def test_key_value_heads_of_null_are_as_many_as_query_heads(tiny, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny(model_type="nemotron_h", num_key_value_heads=None)))
+    assert HybridLMConfig.from_pretrained(tmp_path).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("limit", [[0.1], "inf", [0.0, "much"], [{}, 1.0], [0.0, [1]]])
+def test_a_limit_of_no_known_spelling_is_an_error(limit, tiny, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny(model_type="nemotron_h", time_step_limit=limit)))
+    with pytest.raises(ValueError, match="time_step_limit must be two"):
+        HybridLMConfig.from_pretrained(tmp_path)
+
+
 def test_an_unknown_key_is_an_error_with_the_nearest(tiny):
     assert HybridLMConfig.from_strict_dict(tiny()).hidden_size == 32
     with pytest.raises(ValueError, match=r"hiden_size \(did you mean hidden_size\?\), zzz\.$"):

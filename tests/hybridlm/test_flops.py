@@ -14,10 +14,16 @@ def operators_flops(model, b, t):
     return counter.get_flop_counts()["Global"]
 
 
-@pytest.mark.parametrize("pattern", ["M-M*-M-", "M-", "*-", "MM-**"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"hybrid_override_pattern": pattern} for pattern in ("M-M*-M-", "M-", "*-", "MM-**", "MEM*E")),
+        {"hybrid_override_pattern": "ME", "moe_latent_size": 12, "num_experts_per_tok": 3},
+    ],
+)
 @pytest.mark.parametrize(("b", "t"), [(1, CHUNK), (2, 3 * CHUNK)])
-def test_projections_and_ssd_count_as_the_operators_run(pattern, b, t, tiny_model):
-    model = tiny_model(hybrid_override_pattern=pattern, chunk_size=CHUNK)
+def test_projections_and_ssd_count_as_the_operators_run(changes, b, t, tiny_model):
+    model = tiny_model(chunk_size=CHUNK, **changes)
     counted, ran = forward_flops(model.config, t, chunk=CHUNK), operators_flops(model, b, t)
     assert (counted["linear"] + counted["head"]) * b * t == ran[aten.mm] + ran.get(aten.addmm, 0)
     assert counted["ssd"] * b * t == ran.get(aten.bmm, 0)

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.twin import count_parameters, transformer_twin
+from hybridlm.twin import active_parameters, count_parameters, transformer_twin
 
 SHAPES = Path(__file__).parents[2] / "configs" / "model"
 PARAMETERS = {  # as published, to the digits that are
@@ -14,6 +14,7 @@ PARAMETERS = {  # as published, to the digits that are
     "nemotron-h-47b": 46.792e9,
     "nemotron-h-56b": 56.324e9,
     "nemotron-t-8b": 8_053_329_920,
+    "nemotron-3-nano-30b": 31.578e9,
 }
 LAYERS = {  # Mamba-2, FFN, attention
     "nemotron-h-4b": (24, 24, 4),
@@ -67,11 +68,29 @@ def test_the_published_rules_hold(name):
         {"conv_kernel": 3},
         {"rope_theta": 1e4},
         {"hybrid_override_pattern": "MM**--M"},
+        {"hybrid_override_pattern": "ME*EE"},
+        {"hybrid_override_pattern": "ME", "moe_latent_size": 12},
+        {"hybrid_override_pattern": "ME", "moe_latent_size": 12, "mlp_bias": True},
+        {"hybrid_override_pattern": "ME", "mlp_bias": True},
     ],
 )
 def test_the_count_follows_every_choice(changes, tiny_config):
     config = tiny_config(**changes)
     assert parameters_of_the_model(config) == count_parameters(config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_latent_size": 12}])
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_go_to(changes, tiny_config):
+    everything = tiny_config(hybrid_override_pattern="ME*E", **changes)
+    alone = tiny_config(hybrid_override_pattern="ME*E", n_routed_experts=2, num_experts_per_tok=2, **changes)
+    routers = 2 * (6 - 2) * 32
+    assert active_parameters(everything) == count_parameters(alone) + routers
+    assert active_parameters(tiny_config()) == count_parameters(tiny_config())
+
+
+def test_nemotron_3_nano_is_a_30b_a3b():
+    assert active_parameters(shape("nemotron-3-nano-30b")) == pytest.approx(3.58e9, rel=1e-3)
+    assert tuple(map(shape("nemotron-3-nano-30b").hybrid_override_pattern.count, "ME*")) == (23, 23, 6)
 
 
 @pytest.mark.parametrize("name", ["nemotron-h-4b", "nemotron-h-8b", "nemotron-h-47b", "nemotron-h-56b", "bench-28m"])
