@@ -23,15 +23,13 @@ SYNONYMS = {
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
+    "max_position_embeddings",
+)
+MOE_SIZES = (
     *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size"),
-    *("n_group", "topk_group", "max_position_embeddings"),
+    *("n_group", "topk_group"),
 )
-MOE_FIELDS = frozenset(
-    [
-        *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size", "n_group", "topk_group"),
-        *("n_shared_experts", "moe_shared_expert_intermediate_size", "norm_topk_prob", "routed_scaling_factor"),
-    ]
-)
+MOE_FIELDS = frozenset([*MOE_SIZES, "moe_latent_size", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor"])
 NO_LIMIT = [0.0, math.inf]
 LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 
@@ -236,7 +234,7 @@ def _limit(limit: Any) -> Any:
 def _faults(c: HybridLMConfig) -> list[str]:
     """Every broken invariant, each with what came and what to do."""
     faults = []
-    for name in SIZES:
+    for name in (*SIZES, *MOE_SIZES) if "E" in str(c.hybrid_override_pattern) else SIZES:
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             faults.append(f"{name} must be a whole number of at least 1; got {value!r}.")
