@@ -275,15 +275,8 @@ def _faults(c: HybridLMConfig) -> list[str]:
     for name in ("bos_token_id", "pad_token_id"):
         if not isinstance(getattr(c, name), (int, NoneType)):
             faults.append(f"{name} must be a token id or null; got {getattr(c, name)!r}.")
-    for name in (
-        "use_cache",
-        "use_bias",
-        "use_conv_bias",
-        "mlp_bias",
-        "attention_bias",
-        "rescale_prenorm_residual",
-        "norm_topk_prob",
-    ):
+    flags = ["use_cache", "use_bias", "use_conv_bias", "mlp_bias", "attention_bias", "rescale_prenorm_residual"]
+    for name in [*flags, "norm_topk_prob"] if "E" in c.hybrid_override_pattern else flags:
         if not isinstance(getattr(c, name), bool):
             faults.append(f"{name} must be true or false; got {getattr(c, name)!r}.")
     only = {
