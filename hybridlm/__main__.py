@@ -105,7 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
         "in training. From the configuration alone; no weights are read.",
     )  # fmt: skip
     sub.add_argument(
-        "source", metavar="DIR|CONFIG", help="model folder, a name on the hub, a shape file (.yaml) or a config.json"
+        "source",
+        metavar="DIR|CONFIG",
+        help="model folder, a name on the hub, a shape file or the config of a run (.yaml), or a config.json",
     )
     sub.add_argument("--gpus", type=size, default=1, metavar="N", help="GPUs that share the training state")
     sub.add_argument("--precision", choices=("bf16", "fp32", "fp8"), default="bf16", help="of the matrix products in training")

@@ -15,6 +15,7 @@ class HybridCache(Cache):
         states: of each layer, None before its first call and in layers that have none.
         seen: positions read so far, padding included.
         tokens: (b seen) True for tokens, False for padding; None where no row has any.
+        last: (b d) what the model gave at the last token; None before the first call.
     """
 
     is_compileable = False
@@ -24,6 +25,7 @@ class HybridCache(Cache):
         self.states: list[State | None] = [None] * layers
         self.seen = 0
         self.tokens: Tensor | None = None
+        self.last: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"HybridCache({len(self)} layers, {self.seen} positions seen, {self.nbytes():,} bytes)"
@@ -34,7 +36,7 @@ class HybridCache(Cache):
     def reset(self) -> None:
         """As new: ready for other texts, of any number of rows."""
         self.states = [None] * len(self)
-        self.seen, self.tokens = 0, None
+        self.seen, self.tokens, self.last = 0, None, None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -55,11 +57,12 @@ class HybridCache(Cache):
         return self.seen > 0
 
     def nbytes(self) -> int:
+        """Of the states."""
         return sum(t.nbytes for state in self.states if state is not None for t in state)
 
     def _each(self, change) -> None:
         self.states = [None if state is None else tuple(change(t) for t in state) for state in self.states]
-        self.tokens = None if self.tokens is None else change(self.tokens)
+        self.tokens, self.last = (None if t is None else change(t) for t in (self.tokens, self.last))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""

@@ -155,7 +155,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
         Args:
             input_ids: (b t), or `inputs_embeds` (b t d).
             attention_mask: (b s) ones for tokens and zeros for padding, over cached and new positions together. Padding may stand
-                anywhere: tokens are as if it were not there.
+                anywhere: tokens are as if it were not there, and it gives again what the token before it gave.
             seq_idx: (b t) the document of each token, rising along t. Nothing passes from one document to the next.
             past_key_values: the cache of earlier calls, which this call moves on.
             use_cache: whether to start one; by default as `config.use_cache` says, but not in training mode.
@@ -199,8 +199,10 @@ class HybridLMModel(HybridLMPreTrainedModel):
             if wanted:
                 hidden_states.append(x)
         x = self.norm_f(x)
+        if (padding := context.to(x.device).padding) is not None:
+            x = padding.repeat_tokens(x, None if cache is None else cache.last)
         if cache is not None:
-            cache.seen, cache.tokens = cache.seen + x.shape[1], tokens
+            cache.seen, cache.tokens, cache.last = cache.seen + x.shape[1], tokens, x[:, -1].clone()
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,

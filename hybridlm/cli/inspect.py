@@ -18,7 +18,7 @@ COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of a value in training: fp8 
 
 
 def read_config(source: str) -> HybridLMConfig:
-    """From a shape file, a config.json, a model folder or the name of one on the hub.
+    """From a shape file, the config of a run, a config.json, a model folder or the name of one on the hub.
 
     Raises:
         ValueError: none of them there, or not a valid one.
@@ -32,7 +32,12 @@ def read_config(source: str) -> HybridLMConfig:
     try:
         if not is_shape:
             return HybridLMConfig.from_pretrained(path if path.exists() else source)
-        return HybridLMConfig.from_strict_dict(load_yaml(path))
+        values = load_yaml(path)
+        if isinstance(run := values.get("model"), dict):
+            if (shape := run.get("config") or run.get("init_from")) is None:
+                raise ValueError(f"{source} has neither model.config nor model.init_from.")
+            return HybridLMConfig.from_strict_dict(shape) if isinstance(shape, dict) else read_config(str(shape))
+        return HybridLMConfig.from_strict_dict(values)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from None
 

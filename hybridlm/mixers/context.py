@@ -9,23 +9,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Padding:
-    """Positions that are no tokens, wherever in a row they stand. They read the tokens before them; nothing reads them.
+    """Positions that are no tokens, wherever in a row they stand: nothing of them passes to a token.
 
     Attributes:
         absent: (b t) True at padding.
-        order: (b t) the positions of each row, its tokens first.
-        before: (b t) how many tokens of the row stand before each position. count: (b 1) how many it has.
+        order: (b t) the positions of each row, its tokens first. place: (b t) the inverse of `order`.
+        count: (b 1) tokens of each row.
+        last: (b t) the token at or before each position, -1 for none.
     """
 
     absent: Tensor
     order: Tensor
-    before: Tensor
+    place: Tensor
     count: Tensor
+    last: Tensor
 
     @classmethod
     def where(cls, absent: Tensor) -> "Padding":
-        upto = (~absent).cumsum(1)
-        return cls(absent, absent.long().argsort(dim=1, stable=True), upto - (~absent).long(), upto[:, -1:])
+        order = absent.long().argsort(dim=1, stable=True)
+        positions = torch.arange(absent.shape[1], device=absent.device).expand_as(absent)
+        last = positions.masked_fill(absent, -1).cummax(1).values
+        return cls(absent, order, order.argsort(dim=1), (~absent).sum(1, keepdim=True), last)
+
+    def repeat_tokens(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """x (b t d) with that of the token before it at each padding; `before` (b d) is the one before this call, if any."""
+        if before is None:
+            return pick(x, torch.where(self.last < 0, torch.arange(x.shape[1], device=x.device), self.last))
+        return pick(torch.cat([before[:, None], x], dim=1), self.last + 1)
 
 
 @dataclass(frozen=True)

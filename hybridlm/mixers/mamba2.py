@@ -72,13 +72,11 @@ class Convolution(nn.Conv1d):
         weight, padding = self.weight.squeeze(1), context.padding
         if padding is None:
             return self.op(x, weight, self.bias, initial_state=state, seq_idx=context.seq_idx)
-        (b, t, d), k = x.shape, weight.shape[1]
-        seen = torch.cat([x.new_zeros(b, k - 1, d) if state is None else state, pick(x, padding.order)], dim=1)
-        window = torch.arange(k - 1, device=x.device)
-        # Every position is a text of its own, behind the k - 1 tokens before it.
-        before = pick(seen, (padding.before[..., None] + window).flatten(1))
-        y, _ = self.op(x.reshape(b * t, 1, d), weight, self.bias, initial_state=before.view(b * t, k - 1, d))
-        return y.view(b, t, d), pick(seen, padding.count + window)
+        x, k = pick(x, padding.order), weight.shape[1]
+        y, _ = self.op(x, weight, self.bias, initial_state=state)
+        before = x.new_zeros(x.shape[0], k - 1, x.shape[2]) if state is None else state
+        inputs = torch.cat([before, x], dim=1)
+        return pick(y, padding.place), pick(inputs, padding.count + torch.arange(k - 1, device=x.device))
 
 
 class GatedNorm(nn.Module):

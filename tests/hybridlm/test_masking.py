@@ -86,7 +86,8 @@ def test_no_padding_is_none():
 def test_padding_knows_its_order_and_counts():
     padding = Padding.where(torch.tensor([[True, False, True, False], [False, False, True, True], [True] * 4]))
     assert padding.order.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
-    assert padding.before.tolist() == [[0, 0, 1, 1], [0, 1, 2, 2], [0, 0, 0, 0]]
+    assert padding.place.tolist() == [[2, 0, 3, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert padding.last.tolist() == [[-1, 1, 1, 3], [0, 1, 1, 1], [-1] * 4]
     assert padding.count.tolist() == [[2], [2], [0]]
 
 

@@ -175,3 +175,20 @@ def test_figures_for_people():
     assert [scaled(x, BYTES) for x in (5, 16.2e9, 128e6)] == ["5 B", "16.2 GB", "128 MB"]
     assert table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc   d"
     assert table([("a", "bb"), ("ccc", "d")], "<<") == "a    bb\nccc  d"
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_config_of_a_run_reads_as_its_shape(inline, tiny, tmp_path):
+    (tmp_path / "shape.yaml").write_text(json.dumps(tiny()))
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"config": tiny() if inline else str(tmp_path / "shape.yaml")}}))
+    read, shape = (read_config(str(tmp_path / name)) for name in ("run.yaml", "shape.yaml"))
+    assert read.to_dict() == shape.to_dict()
+
+
+def test_a_run_from_other_weights_reads_as_they_are(tiny_config, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"init_from": str(tmp_path / "model")}}))
+    assert read_config(str(tmp_path / "run.yaml")).hybrid_override_pattern == "M-M*-M-"
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {}}))
+    with pytest.raises(ValueError, match="neither model.config nor"):
+        read_config(str(tmp_path / "run.yaml"))
