@@ -190,5 +190,5 @@ def test_a_run_from_other_weights_reads_as_they_are(tiny_config, tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps({"model": {"init_from": str(tmp_path / "model")}}))
     assert read_config(str(tmp_path / "run.yaml")).hybrid_override_pattern == "M-M*-M-"
     (tmp_path / "run.yaml").write_text(json.dumps({"model": {}}))
-    with pytest.raises(ValueError, match="neither model.config nor"):
+    with pytest.raises(ValueError, match=r"neither model\.config nor"):
         read_config(str(tmp_path / "run.yaml"))
