@@ -49,7 +49,6 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # Nemotron 3's heads for several tokens at once, which this model has not
     _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, which assisted generation would do
 

@@ -99,3 +99,10 @@ def test_a_context_moves_with_the_layers():
     tensors = [moved.seq_idx, moved.mask, *moved.rotary, *vars(moved.padding).values()]
     assert all(t.device.type == "meta" for t in tensors) and moved.attentions is context.attentions
     assert Context().to("meta") == Context()
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_implementations_that_are_not_supported_are_refused(implementation, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, ImportError), match=r"does not support|is not installed|flash_attn"):
+        HybridLMForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
