@@ -282,8 +282,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         loss = logits = None
         if targets is not None:
             self.check_targets(targets, hidden)
-            weight = self.lm_head.weight
-            loss = self.ops.cross_entropy(hidden.to(weight.device), weight, targets.to(weight.device))
+            loss = self.ops.cross_entropy(hidden, self.lm_head.weight, targets)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if labels is None:

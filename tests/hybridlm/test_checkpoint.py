@@ -135,8 +135,13 @@ def test_the_hubs_own_cache_opens(sharded, tmp_path):
     for i, file in enumerate(sharded.iterdir()):
         shutil.copy(file, blobs / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    check_shards(snapshot)
     HybridLMForCausalLM.from_pretrained(snapshot)
+    index = json.loads((snapshot / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = "../../blobs/0"  # inside the cache, and still no name of a shard
+    (snapshot / INDEX).unlink()
+    (snapshot / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its folder"):
+        check_shards(snapshot)
 
 
 def test_a_name_on_the_hub_has_its_index_checked_first(sharded, monkeypatch):
@@ -158,11 +163,18 @@ class Bomb:
         return pytest.fail, ("a pickle was run",)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"use_safetensors": None}, {"use_safetensors": False}])
-def test_a_pickle_is_never_opened(arguments, folder):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "no checkpoint"),
+        ({"use_safetensors": None}, "no checkpoint"),
+        ({"use_safetensors": False}, "safetensors files alone"),
+    ],
+)
+def test_a_pickle_is_never_opened(arguments, message, folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"no checkpoint|safetensors files alone"):
+    with pytest.raises(ValueError, match=message):
         HybridLMForCausalLM.from_pretrained(folder, **arguments)
 
 

@@ -110,6 +110,11 @@ def test_other_spellings_are_read(spelling, tiny, tmp_path):
     assert getattr(HybridLMConfig.from_pretrained(tmp_path), name) == value
 
 
+def test_infinity_as_transformers_writes_it_is_read_from_a_dictionary_too(tiny):
+    config = HybridLMConfig.from_dict(tiny(model_type="nemotron_h", time_step_limit=[0.0, {"__float__": "Infinity"}]))
+    assert config.time_step_limit == [0.0, math.inf] and config.is_nemotron_h
+
+
 def test_key_value_heads_of_null_are_as_many_as_query_heads(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny(model_type="nemotron_h", num_key_value_heads=None)))
     assert HybridLMConfig.from_pretrained(tmp_path).num_key_value_heads == 4

@@ -315,3 +315,20 @@ def test_projections_into_the_residual_stream_start_smaller(rescale, fresh):
             assert p.std().item() == pytest.approx(0.02 / math.sqrt(7) if rescale else 0.02, rel=0.05), name
         elif name.endswith(("embeddings.weight", "lm_head.weight", "in_proj.weight", "q_proj.weight", "up_proj.weight")):
             assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("latent", [None, 64])
+def test_of_the_experts_what_enters_the_residual_stream_starts_smaller(latent, fresh):
+    """The experts' own projections, or the one out of their latent space."""
+    sizes = {"moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 128, "n_routed_experts": 4}
+    mixer = fresh(hybrid_override_pattern="MEM*", moe_latent_size=latent, **sizes).backbone.layers[1].mixer
+    small, full = 0.02 / math.sqrt(4), 0.02
+    expected = {
+        mixer.experts[0].down_proj: small if latent is None else full,
+        mixer.experts[3].up_proj: full,
+        mixer.shared_experts.down_proj: small,
+        mixer.gate: full,
+    } | ({} if latent is None else {mixer.fc1_latent_proj: full, mixer.fc2_latent_proj: small})
+    for module, std in expected.items():
+        assert module.weight.std().item() == pytest.approx(std, rel=0.1)
+    assert not mixer.gate.e_score_correction_bias.any()

@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.cache import HybridCache
 from hybridlm.scoring import Score, score, windows
 
 
@@ -62,3 +63,19 @@ def test_the_model_is_left_in_the_mode_it_was_in(model):
 def test_nothing_to_score_is_an_error(model):
     with pytest.raises(ValueError, match="no document has two tokens"):
         score(model, [np.array([3])], 8, bytes=1)
+
+
+def test_only_a_carried_state_is_kept(model, monkeypatch):
+    started = []
+
+    class Counted(HybridCache):
+        def __init__(self, layers):
+            super().__init__(layers)
+            started.append(self)
+
+    for module in ("modeling", "scoring"):
+        monkeypatch.setattr(f"hybridlm.{module}.HybridCache", Counted)
+    score(model, DOCUMENTS, 8, bytes=100)
+    assert started == []
+    score(model, DOCUMENTS, 8, bytes=100, carry=True)
+    assert len(started) == len(DOCUMENTS)
