@@ -10,14 +10,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 LOADING_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path, subfolder: str = "") -> None:
     """
     Raises:
         ValueError: `folder` is on this machine and no model folder, or can be no name on the hub.
     """
     path = Path(folder).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: it has no config.json. A run keeps its newest model in RUN/model.")
+    if path.exists() and not (path / subfolder / "config.json").is_file():
+        where = Path(folder) / subfolder
+        raise ValueError(f"{where} is no checkpoint folder: it has no config.json. A run keeps its newest model in RUN/model.")
     if not path.exists() and (str(folder).startswith((".", "/", "~")) or str(folder).count("/") != 1):
         raise ValueError(f"there is no checkpoint folder {folder}. A run keeps its newest model in RUN/model.")
 

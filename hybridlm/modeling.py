@@ -1,6 +1,7 @@
 """The model: embed -> blocks -> norm -> head; initialisation, loss and generation."""
 
 import math
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from hybridlm.cache import HybridCache, State
+from hybridlm.cache import HybridCache
 from hybridlm.checkpoint import check_folder, check_shards, weight_faults
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.masking import build_context, find_tokens
@@ -27,16 +28,19 @@ from hybridlm.ops.cross_entropy import IGNORE
 
 
 class Block(GradientCheckpointingLayer):
-    """x + mixer(norm(x))."""
+    """x + mixer(norm(x)).
+
+    The state comes and goes as arguments and results of its own: re-entrant checkpointing sees gradients of no others.
+    """
 
     def __init__(self, config: HybridLMConfig, symbol: str, ops: Ops):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = MIXERS[symbol](config, ops)
 
-    def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, State | None]:
-        y, state = self.mixer(self.norm(x), context, state)
-        return x + y, state
+    def forward(self, x: Tensor, context: Context, *state: Tensor) -> tuple[Tensor, ...]:
+        y, after = self.mixer(self.norm(x), context, state or None)
+        return x + y, *(after or ())
 
 
 class HybridLMPreTrainedModel(PreTrainedModel):
@@ -70,7 +74,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(name, *args, **kwargs)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("weights are read from safetensors files alone: others can run code when opened.")
-        check_folder(name)
+        check_folder(name, kwargs.get("subfolder", ""))
         download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         lenient = kwargs.get("ignore_mismatched_sizes", False)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -192,9 +196,9 @@ class HybridLMModel(HybridLMPreTrainedModel):
         wanted = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = [x]
         for i, block in enumerate(self.layers):
-            x, state = block(x, context, None if cache is None else cache.states[i])
+            x, *state = block(x, context, *((cache and cache.states[i]) or ()))
             if cache is not None:
-                cache.states[i] = state
+                cache.states[i] = tuple(state) or None
             if wanted:
                 hidden_states.append(x)
         x = self.norm_f(x)
@@ -319,6 +323,19 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
                 f"target {bad[0].item()} is outside the vocabulary of {self.config.vocab_size} (vocab_size), "
                 f"and not {IGNORE} (no target)."
             )
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks for inputs_embeds in its signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):  # type: ignore[override]
+        for name in ("tokenizer", "assistant_tokenizer"):  # `generate` hands them on after its stop_strings have read them
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("continuous batching (cache_implementation='paged') has no place for a recurrent state; use generate.")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

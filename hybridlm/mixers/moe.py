@@ -11,6 +11,7 @@ from hybridlm.mixers.context import Context
 from hybridlm.mixers.ffn import MLP
 from hybridlm.mixers.parts import IntoResidual, KeepsWide
 from hybridlm.ops import Ops
+from hybridlm.ops.precision import without_autocast
 
 
 class MoE(nn.Module):
@@ -64,7 +65,7 @@ class Router(KeepsWide, nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (tokens d) -> weights (tokens k), fp32, and experts (tokens k)."""
         c, wide = self.config, torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             scores = linear(x.to(wide), self.weight.to(wide)).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if c.topk_group < c.n_group:  # only the groups whose two best experts are best take part

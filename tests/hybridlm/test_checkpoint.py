@@ -178,7 +178,21 @@ def test_a_pickle_is_never_opened(arguments, message, folder):
         HybridLMForCausalLM.from_pretrained(folder, **arguments)
 
 
-# Folders that are none
+# Folders that are none, or lie deeper
+
+
+def test_a_subfolder_opens(folder):
+    HybridLMForCausalLM.from_pretrained(folder.parent, subfolder="model")
+    with pytest.raises(ValueError, match=r"elsewhere is no checkpoint folder: it has no config\.json"):
+        HybridLMForCausalLM.from_pretrained(folder.parent, subfolder="elsewhere")
+
+
+def test_an_index_in_a_subfolder_is_checked(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = "../outside.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its folder"):
+        HybridLMForCausalLM.from_pretrained(sharded.parent, subfolder="sharded")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "runs/demo/model"])

@@ -476,3 +476,12 @@ def test_the_helpers_of_transformers_count_and_name(pattern, tiny_model):
     assert model.base_model is model.backbone is model.get_decoder() and model.main_input_name == "input_ids"
     assert (model.device.type, model.dtype, model.can_generate()) == ("cpu", torch.float32, True)
     assert not model.backbone.can_generate()
+
+
+@torch.no_grad()
+def test_shapes_may_be_asked_for_on_the_meta_device(tiny_config, draw_ids):
+    with torch.device("meta"):
+        model = HybridLMForCausalLM(tiny_config()).eval()
+    ids = draw_ids(2, 9).to("meta")
+    assert model(ids, use_cache=True).logits.shape == (2, 9, 61)
+    assert model.backbone(ids).last_hidden_state.shape == (2, 9, 32)

@@ -278,3 +278,21 @@ def test_an_argument_that_nobody_takes_is_an_error(writer, draw_ids):
     for name in ("token_type_ids", "max_new_token"):
         with pytest.raises(ValueError, match=name):
             writer().generate(draw_ids(1, 3), **GREEDY, **{name: 5})
+
+
+@torch.no_grad()
+def test_a_text_stops_at_a_string(tiny_model):
+    model, tokenizer = tiny_model(vocab_size=258), byte_tokenizer()
+    ids = torch.tensor([tokenizer("def f(")["input_ids"]])
+    text = model.generate(ids, max_new_tokens=12, do_sample=False)[0, 6:]
+    third = tokenizer.decode(text[2:3])
+    stopped = model.generate(ids, max_new_tokens=12, do_sample=False, stop_strings=[third], tokenizer=tokenizer)[0, 6:]
+    assert stopped.tolist() == text[: text.tolist().index(text[2].item()) + 1].tolist()
+
+
+def test_continuous_batching_is_refused(tiny_model, draw_ids):
+    model, ids = tiny_model(), draw_ids(1, 5)
+    with pytest.raises(ValueError, match="no place for a recurrent state"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="paged")
+    with pytest.raises(ValueError, match="no place for a recurrent state"):
+        model.generate_batch([[3, 4, 5]], max_new_tokens=3)

@@ -88,11 +88,12 @@ def test_checkpointing_goes_with_a_cache(reentrant, pattern, tiny_model, draw_id
     assert_equal(seen[0][1], seen[1][1])
 
 
-def test_gradients_pass_through_a_cache_under_checkpointing(tiny_model, draw_ids):
+@pytest.mark.parametrize("reentrant", REENTRANT)
+def test_gradients_pass_through_a_cache_under_checkpointing(reentrant, tiny_model, draw_ids):
     model, ids, seen = tiny_model().double().train(), draw_ids(2, 12), []
     for checkpointed in (False, True):
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         cache = model(ids[:, :5], use_cache=True).past_key_values
         seen.append(train_step(model, ids[:, 5:], past_key_values=cache)[1])
     assert_equal(*seen)

@@ -253,3 +253,24 @@ def test_what_stock_transformers_ignores_is_ignored_here(swap):
     read = from_disk(values)
     assert (read["layer_norm_epsilon"], read["head_dim"]) == (1e-5, 8)
     assert "rope_theta" not in read
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
+        ({"hybrid_override_pattern": "M?"}, "unknown symbol"),
+        ({"n_groups": 4}, "6 heads and 4 groups"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is the length of hybrid_override_pattern"),
+    ],
+)
+def test_fields_changed_while_loading_are_judged_too(changes, message, tiny_config, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        HybridLMConfig.from_pretrained(tmp_path, **changes)
+
+
+def test_fields_may_be_changed_while_loading(tiny_config, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    config, unused = HybridLMConfig.from_pretrained(tmp_path, chunk_size=32, something=3, return_unused_kwargs=True)
+    assert config.chunk_size == 32 and unused == {"something": 3}

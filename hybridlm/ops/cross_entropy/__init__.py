@@ -7,6 +7,7 @@ from hybridlm.ops.backend import resolve
 from hybridlm.ops.checks import check_shape, check_shapes
 from hybridlm.ops.cross_entropy import eager, naive
 from hybridlm.ops.cross_entropy.constants import IGNORE
+from hybridlm.ops.precision import without_autocast
 
 __all__ = ["IGNORE", "cross_entropy"]
 
@@ -31,10 +32,10 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: st
     """
     sizes = check_shapes(("hidden", hidden, "b t d"), ("weight", weight, "v d"))
     check_shape("labels", labels, "b t", sizes)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = hidden.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     run = IMPLEMENTATIONS[resolve("cross_entropy", IMPLEMENTATIONS, backend)]
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         return run(hidden, weight, labels)

@@ -3,11 +3,11 @@
 Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), equations 1 and 2, discretised as in section 3.
 """
 
-import torch
 from torch import Tensor
 
 from hybridlm.ops.backend import resolve
 from hybridlm.ops.checks import check_seq_idx, check_shape, check_shapes
+from hybridlm.ops.precision import without_autocast
 from hybridlm.ops.ssd import eager, naive
 
 IMPLEMENTATIONS = {"eager": eager.ssd, "naive": naive.ssd}
@@ -55,7 +55,7 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1; got {chunk_size}.")
     run = IMPLEMENTATIONS[resolve("ssd", IMPLEMENTATIONS, backend)]
-    with torch.autocast(x.device.type, enabled=False):  # it would narrow the products with the fp32 state
+    with without_autocast(x.device):  # it would narrow the products with the fp32 state
         return run(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size)
 
 
@@ -70,7 +70,7 @@ def ssd_step(
     sizes = check_shapes(("x", x, "b h p"), ("dt", dt, "b h"), ("A", A, "h"), ("B", B, "b g n"), ("C", C, "b g n"))
     _check_ssd(dt, D, state, sizes)
     run = STEP_IMPLEMENTATIONS[resolve("ssd_step", STEP_IMPLEMENTATIONS, backend)]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return run(x, dt, A, B, C, state, D=D)
 
 
