@@ -196,7 +196,8 @@ def test_an_index_in_a_subfolder_is_checked(sharded):
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "runs/demo/model"])
-def test_a_folder_that_is_not_there_is_named(name):
+def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run has been
     with pytest.raises(ValueError, match=f"no checkpoint folder {name}"):
         HybridLMForCausalLM.from_pretrained(name)
 
