@@ -34,7 +34,7 @@ def check_shards(folder: str | Path, subfolder: str = "", **download: Any) -> No
     """
     path = Path(folder).expanduser()
     if path.exists():
-        indexes = sorted((path / subfolder).glob("*.index*.json"))
+        indexes = sorted((path / subfolder).rglob("*.safetensors.index*.json"))
     else:
         missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         found = cached_file(str(folder), SAFE_WEIGHTS_INDEX_NAME, subfolder=subfolder, **download, **missing)

@@ -121,6 +121,17 @@ def test_an_index_that_is_none_is_an_error(content, sharded):
         HybridLMForCausalLM.from_pretrained(sharded)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.fp16.json", "deeper/other.safetensors.index.json"])
+def test_every_index_of_the_folder_is_checked(name, sharded):
+    """A variant, or one that config.json names as transformers_weights."""
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = "../../outside.safetensors"
+    (sharded / name).parent.mkdir(exist_ok=True)
+    (sharded / name).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its folder"):
+        HybridLMForCausalLM.from_pretrained(sharded)
+
+
 def test_a_link_to_the_folder_itself_is_no_escape(sharded):
     """As RUN/model is one."""
     (sharded.parent / "run").symlink_to(sharded)
