@@ -50,7 +50,7 @@ class HybridCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows; -1 before the first call."""
-        return next((state[0].shape[0] for state in self.states if state is not None), -1)
+        return -1 if self.last is None else self.last.shape[0]
 
     @property
     def is_initialized(self) -> bool:

@@ -19,32 +19,38 @@ def check_folder(folder: str | Path, subfolder: str = "") -> None:
     if path.exists() and not (path / subfolder / "config.json").is_file():
         where = Path(folder) / subfolder
         raise ValueError(f"{where} is no checkpoint folder: it has no config.json. A run keeps its newest model in RUN/model.")
+    if (path / subfolder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} has an adapter_config.json, which could name other weights; merge the adapter into its model first."
+        )
     if not path.exists() and (str(folder).startswith((".", "/", "~")) or str(folder).count("/") != 1):
         raise ValueError(f"there is no checkpoint folder {folder}. A run keeps its newest model in RUN/model.")
 
 
-def check_shards(folder: str | Path, subfolder: str = "", **download: Any) -> None:
+def check_shards(folder: str | Path, subfolder: str = "", variant: str | None = None, **download: Any) -> None:
     """Checks the index of sharded weights before anything that it names is opened.
 
     Args:
-        folder: a folder, or a name on the hub, of which the index is fetched (`download`: as in `cached_file`).
+        folder: a folder, or a name on the hub, of which the index (of the `variant`) is fetched; `download` as in `cached_file`.
 
     Raises:
         ValueError: it is no index, or names a file outside the folder: by `..`, by an absolute path or through a link.
     """
-    path = Path(folder).expanduser()
-    if path.exists():
-        indexes = sorted((path / subfolder).rglob("*.safetensors.index*.json"))
+    path = Path(folder).expanduser() / subfolder
+    if Path(folder).expanduser().exists():
+        indexes = sorted(path.rglob("*.safetensors.index*.json"))
     else:
         missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(str(folder), SAFE_WEIGHTS_INDEX_NAME, subfolder=subfolder, **download, **missing)
+        name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
+        found = cached_file(str(folder), name, subfolder=subfolder, **download, **missing)
         indexes = [] if found is None else [Path(found)]
+        path = indexes[0].parent if indexes else path
     for index in indexes:
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             names = sorted(set(content["weight_map"].values()))
             content["metadata"].keys()
-            outside = [name for name in names if not _is_inside(index.parent, name)]
+            outside = [name for name in names if not _is_inside(path, name)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}.") from None
         if outside:
@@ -71,9 +77,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
+    path = Path(folder).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(Path(folder).expanduser() if Path(folder).expanduser().exists() else folder)
-    except Exception as error:  # a broken tokenizer.json fails in many ways
+        return AutoTokenizer.from_pretrained(path if path.exists() else folder, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a broken tokenizer.json fails in many ways, the panic of tokenizers' Rust among them
         raise ValueError(
             f"{folder} has no tokenizer that can be read (tokenizer.json): {type(error).__name__}: {error}"
         ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from hybridlm.pattern import NEMOTRON_H_SYMBOLS, SYMBOLS, evenly_dispersed, unknown_symbols
@@ -198,6 +199,16 @@ def to_disk(config: HybridLMConfig) -> dict[str, Any]:
 
 def from_disk(values: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `to_disk`, and the spellings of other writers of `nemotron_h`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json must hold an object; got {type(values).__name__}.")
+    if values.get("quantization_config") is not None:
+        raise ValueError("config.json has a quantization_config; this library opens weights of floating point numbers alone.")
+    # Code of others, and what a caller chooses: neither is a config file's to say.
+    values = {key: value for key, value in values.items() if "_implementation" not in key and key != "auto_map"}
+    for key in ("dtype", "torch_dtype"):
+        name = str(values.get(key) or "float32").removeprefix("torch.")
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(f"config.json has {key} {values[key]!r}, which is no dtype.")
     if values.get("model_type", "hybridlm") not in ("nemotron_h", "hybridlm"):
         raise ValueError(f"config.json has model_type {values['model_type']!r}; this library opens nemotron_h and hybridlm.")
     for other, name in SYNONYMS.items():
@@ -275,6 +286,9 @@ def _faults(c: HybridLMConfig) -> list[str]:
         faults.append(f"time_step_limit must be two rising numbers of at least 0; got {limit!r}.")
     if "E" in c.hybrid_override_pattern:
         faults += _moe_faults(c)
+    eos = c.eos_token_id
+    if not isinstance(eos, (int, NoneType)) and not (isinstance(eos, list) and all(isinstance(x, int) for x in eos)):
+        faults.append(f"eos_token_id must be a token id, a list of them or null; got {eos!r}.")
     for name in ("bos_token_id", "pad_token_id"):
         if not isinstance(getattr(c, name), (int, NoneType)):
             faults.append(f"{name} must be a token id or null; got {getattr(c, name)!r}.")

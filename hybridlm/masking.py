@@ -26,12 +26,18 @@ def find_tokens(b: int, t: int, attention_mask: Tensor | None, cache: HybridCach
             "batch_repeat_interleave) or reset it."
         )
     known = None if cache is None else cache.tokens
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor; got {type(attention_mask).__name__}.")
     if attention_mask is None:
         return known if known is None else torch.cat([known, known.new_ones(b, t)], dim=1)
     if tuple(attention_mask.shape) != (b, past + t):
         raise ValueError(
             f"attention_mask must have shape ({b}, {past + t}): {past} cached and {t} new positions; "
             f"got {tuple(attention_mask.shape)}."
+        )
+    if attention_mask.is_floating_point() and (attention_mask < 0).any():
+        raise ValueError(
+            "attention_mask must be ones for tokens and zeros for padding; got an additive mask, with values below 0."
         )
     tokens = attention_mask.bool()
     if past and not torch.equal(tokens[:, :past], torch.ones_like(tokens[:, :past]) if known is None else known):

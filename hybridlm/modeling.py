@@ -75,7 +75,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("weights are read from safetensors files alone: others can run code when opened.")
         check_folder(name, kwargs.get("subfolder", ""))
-        download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "variant")
         lenient = kwargs.get("ignore_mismatched_sizes", False)
         wants_info = kwargs.pop("output_loading_info", False)
         listed = {"output_loading_info": True, "ignore_mismatched_sizes": lenient or not wants_info, "use_safetensors": True}
@@ -85,6 +85,8 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(path if path.exists() else name, *args, **kwargs | listed)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} is no checkpoint: {error}") from None
+        except (RuntimeError, MemoryError) as error:  # config.json asks for more than there is
+            raise ValueError(f"{name} cannot be opened: {error}") from error
         model, info = loaded
         if wants_info:
             return model, info
@@ -173,6 +175,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         x = self.embed(input_ids) if input_ids is not None else cast(Tensor, inputs_embeds)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError("inputs_embeds must be a tensor of floating point numbers.")
         if x.dim() != 3 or x.shape[2] != c.hidden_size:
             given = x.shape if input_ids is None else x.shape[:-1]
             raise ValueError(
@@ -215,6 +219,9 @@ class HybridLMModel(HybridLMPreTrainedModel):
         return output if (c.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def embed(self, input_ids: Tensor) -> Tensor:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids must be a tensor of int64 or int32; got {kind}.")
         try:
             return self.embeddings(input_ids)
         except IndexError:
@@ -271,6 +278,8 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         """
         if labels is not None and targets is not None:
             raise ValueError("pass labels (shifted here) or targets (one at each position), not both.")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be a number of positions, 0 for all, or their indices; got {logits_to_keep}.")
         outputs = self.backbone(
             input_ids,
             attention_mask,
@@ -309,10 +318,12 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
             raise ValueError("labels need at least two positions: the label at t + 1 is the target at t.")
         targets = labels[:, 1:].to(logits.device)
         items = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-        nats = cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        nats = cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten().long(), ignore_index=IGNORE, reduction="sum")
         return nats / torch.as_tensor(items, device=nats.device).clamp(min=1)  # no target at all: 0
 
     def check_targets(self, targets: Tensor, hidden: Tensor) -> None:
+        if targets.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"labels and targets must be of int64 or int32; got {targets.dtype}.")
         if targets.shape != hidden.shape[:2]:
             raise ValueError(
                 f"labels and targets must have the shape of the input, {tuple(hidden.shape[:2])}; got {tuple(targets.shape)}."
@@ -323,6 +334,23 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
                 f"target {bad[0].item()} is outside the vocabulary of {self.config.vocab_size} (vocab_size), "
                 f"and not {IGNORE} (no target)."
             )
+
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """As transformers' own, which would meet an empty prompt or a mask of another shape later, or not at all.
+
+        Raises:
+            ValueError: either of them.
+        """
+        prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+        prompt, mask = next((p for p in prompts if p is not None), None), kwargs.get("attention_mask")
+        if prompt is not None and 0 in prompt.shape[:2]:
+            raise ValueError(
+                f"the prompt has no tokens: its shape is {tuple(prompt.shape[:2])}. Pass at least one row of one token."
+            )
+        cached = kwargs.get("past_key_values") is not None  # then the mask is over its positions, too
+        if prompt is not None and mask is not None and not cached and mask.shape != prompt.shape[:2]:
+            raise ValueError(f"attention_mask must have shape {tuple(prompt.shape[:2])}; got {tuple(mask.shape)}.")
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks for inputs_embeds in its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):  # type: ignore[override]

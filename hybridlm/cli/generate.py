@@ -10,6 +10,8 @@ from hybridlm.checkpoint import load_tokenizer
 from hybridlm.modeling import HybridLMForCausalLM
 from hybridlm.output import quiet
 
+# Whatever generation_config.json says: one text, its tokens as the model has them.
+PLAIN: dict = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 LONGEST_PROMPT = 1_000_000  # characters: a file given by mistake is an error, not hours of reading
 
 
@@ -20,6 +22,8 @@ def read_prompt(text: str) -> str:
         ValueError: too long, or not UTF-8.
     """
     if text == "-":
+        if sys.stdin is None:
+            raise ValueError("there is no stdin to read the prompt from.")
         try:
             text = sys.stdin.read(LONGEST_PROMPT + 1)
         except UnicodeDecodeError as error:
@@ -72,6 +76,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new,
             do_sample=bool(sampling),
+            **PLAIN,
             streamer=stream,
             **sampling,
         )

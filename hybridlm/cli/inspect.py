@@ -36,6 +36,8 @@ def read_config(source: str) -> HybridLMConfig:
         if isinstance(run := values.get("model"), dict):
             if (shape := run.get("config") or run.get("init_from")) is None:
                 raise ValueError(f"{source} has neither model.config nor model.init_from.")
+            if not isinstance(shape, dict) and Path(shape).resolve() == path.resolve():
+                raise ValueError(f"{source} names itself as the place of its model.")
             return HybridLMConfig.from_strict_dict(shape) if isinstance(shape, dict) else read_config(str(shape))
         return HybridLMConfig.from_strict_dict(values)
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """What several kinds of layer are made of."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -8,7 +9,7 @@ class IntoResidual(nn.Linear):
 
 
 class KeepsWide:
-    """A module of which the tensors named in `WIDE` are moved by `.to(bfloat16)` and `.half()` but never narrowed."""
+    """A module of which the tensors named in `WIDE` are fp32 at least, whatever `.to(bfloat16)` makes of the rest."""
 
     WIDE: tuple[str, ...] = ()
 
@@ -17,6 +18,7 @@ class KeepsWide:
 
         def keep_wide(t: Tensor) -> Tensor:
             moved = fn(t)
-            return t.to(moved.device) if id(t) in wide and moved.element_size() < t.element_size() else moved
+            narrow = id(t) in wide and moved.element_size() < 4
+            return t.to(moved.device, torch.float32) if narrow else moved
 
         return super()._apply(keep_wide, recurse)  # type: ignore[misc]

@@ -1,6 +1,8 @@
+import io
 import json
 import pickle
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hybridlm import HybridLMForCausalLM, HybridLMModel
 from hybridlm.checkpoint import check_shards, load_tokenizer
+from hybridlm.tokenizer import byte_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
@@ -224,3 +227,55 @@ def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
 def test_a_missing_tokenizer_says_so(folder):
     with pytest.raises(ValueError, match="no tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("answer", ["y\n", ""])
+def test_code_beside_a_tokenizer_never_runs(answer, folder, monkeypatch):
+    byte_tokenizer().save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | code))
+    (folder / "evil.py").write_text(f"open({str(folder / 'sentinel')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    with suppress(ValueError):
+        load_tokenizer(folder)
+    assert not (folder / "sentinel").exists()
+
+
+def test_the_panic_of_a_tokenizer_is_an_error(folder, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def panics(*args, **kwargs):
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr("hybridlm.checkpoint.AutoTokenizer.from_pretrained", panics)
+    with pytest.raises(ValueError, match="no tokenizer that can be read"):
+        load_tokenizer(folder)
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
+    with pytest.raises(ValueError, match="merge the adapter"):
+        HybridLMForCausalLM.from_pretrained(folder)
+
+
+def test_names_of_a_deeper_index_are_read_from_the_model_folder(sharded):
+    """As transformers reads them where config.json names that index."""
+    index = json.loads((sharded / INDEX).read_text())
+    (sharded / "sub").mkdir()
+    (sharded.parent / "outside.safetensors").write_bytes(b"")
+    (sharded / "link.safetensors").symlink_to(sharded.parent / "outside.safetensors")
+    index["weight_map"]["lm_head.weight"] = "link.safetensors"
+    (sharded / "sub" / INDEX).write_text(json.dumps(index))
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps(config | {"transformers_weights": f"sub/{INDEX}"}))
+    with pytest.raises(ValueError, match=r"outside its folder.*'link\.safetensors'"):
+        HybridLMForCausalLM.from_pretrained(sharded)
+
+
+def test_a_model_larger_than_any_memory_is_an_error(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**15}))
+    with pytest.raises(ValueError, match="cannot be opened"):
+        HybridLMForCausalLM.from_pretrained(folder)

@@ -274,3 +274,27 @@ def test_fields_may_be_changed_while_loading(tiny_config, tmp_path):
     tiny_config().save_pretrained(tmp_path)
     config, unused = HybridLMConfig.from_pretrained(tmp_path, chunk_size=32, something=3, return_unused_kwargs=True)
     assert config.chunk_size == 32 and unused == {"something": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "must hold an object; got list"),
+        ('{"model_type": "nemotron_h", "dtype": "evil"}', "dtype 'evil', which is no dtype"),
+        ('{"model_type": "nemotron_h", "torch_dtype": "nn"}', "torch_dtype 'nn', which is no dtype"),
+        ('{"model_type": "nemotron_h", "quantization_config": {"quant_method": "bitsandbytes"}}', "floating point numbers alone"),
+        ('{"model_type": "nemotron_h", "eos_token_id": "x"}', "eos_token_id must be"),
+        ('{"model_type": "nemotron_h", "eos_token_id": [2, null]}', "eos_token_id must be"),
+    ],
+)
+def test_a_config_json_of_another_kind_is_an_error(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        HybridLMConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_json_chooses_no_implementation_and_no_code(tiny, tmp_path):
+    chosen = {"attn_implementation": "evil/kernel", "_attn_implementation": "eager", "auto_map": {"AutoConfig": "evil.X"}}
+    (tmp_path / "config.json").write_text(json.dumps(tiny(model_type="nemotron_h", quantization_config=None, **chosen)))
+    config = HybridLMConfig.from_pretrained(tmp_path)
+    assert config._attn_implementation is None and not hasattr(config, "auto_map")

@@ -318,3 +318,24 @@ def test_generation_asks_for_the_last_logits_alone(writer, draw_ids, monkeypatch
     monkeypatch.setattr(model.lm_head, "forward", lambda x: shapes.append(x.shape[1]) or head(x))
     model.generate(draw_ids(1, 30), max_new_tokens=3, do_sample=False)
     assert shapes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0)])
+def test_an_empty_prompt_is_an_error(shape, tiny_model):
+    for arguments in ({"inputs": torch.ones(shape, dtype=torch.long)}, {"inputs_embeds": torch.ones(*shape, 32)}):
+        with pytest.raises(ValueError, match="the prompt has no tokens"):
+            tiny_model().generate(**arguments, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 9), (1, 5), (5,)])
+def test_a_mask_that_is_not_the_prompts_is_an_error(shape, tiny_model, draw_ids):
+    for mask in (torch.ones(shape), torch.zeros(shape)):
+        with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 5\)"):
+            tiny_model().generate(draw_ids(2, 5), attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_cache_without_a_state_knows_its_rows_too(tiny_model, draw_ids):
+    model = tiny_model(hybrid_override_pattern="-E")
+    cache = model(draw_ids(2, 4), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"has 2 row\(s\) and the input 1"):
+        model(draw_ids(1, 1), past_key_values=cache)

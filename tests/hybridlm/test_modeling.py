@@ -265,6 +265,7 @@ def test_half_never_narrows_and_double_widens(tiny_model):
     mixer = tiny_model().half().backbone.layers[0].mixer
     assert (mixer.A_log.dtype, mixer.in_proj.weight.dtype) == (torch.float32, torch.float16)
     assert mixer.double().A_log.dtype == torch.float64
+    assert mixer.float().A_log.dtype == torch.float32
 
 
 def test_autocast_trains_near_the_fp32_loss(tiny_model, draw_ids):
@@ -332,3 +333,27 @@ def test_of_the_experts_what_enters_the_residual_stream_starts_smaller(latent, f
     for module, std in expected.items():
         assert module.weight.std().item() == pytest.approx(std, rel=0.1)
     assert not mixer.gate.e_score_correction_bias.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.ones(1, 4)}, "int64 or int32; got torch.float32"),
+        ({"input_ids": [[3, 4, 5, 6]]}, "int64 or int32; got list"),
+        ({"inputs_embeds": torch.ones(1, 4, 32, dtype=torch.long)}, "floating point"),
+        ({"attention_mask": [[1, 1, 1, 1]]}, "attention_mask must be a tensor; got list"),
+        ({"attention_mask": torch.tensor([[-math.inf, 0, 0, 0]])}, "got an additive mask"),
+        ({"labels": torch.ones(1, 4)}, "labels and targets must be of int64 or int32"),
+        ({"logits_to_keep": -3}, "logits_to_keep must be a number of positions"),
+    ],
+)
+def test_an_input_of_another_kind_is_an_error(arguments, message, tiny_model, draw_ids):
+    ids = {} if {"input_ids", "inputs_embeds"} & arguments.keys() else {"input_ids": draw_ids(1, 4)}
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**ids, **arguments)
+
+
+def test_ids_and_labels_of_32_bits_are_as_good(tiny_model, draw_ids):
+    model, ids = tiny_model(), draw_ids(2, 9)
+    wide, narrow = (model(x, labels=x) for x in (ids, ids.int()))
+    assert torch.equal(wide.logits, narrow.logits) and torch.equal(wide.loss, narrow.loss)

@@ -10,7 +10,7 @@ def conv1d(x, weight, bias, *, initial_state=None, seq_idx=None) -> tuple[Tensor
     k = weight.shape[1]
     before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state
     seen = torch.cat([before, x], dim=1)
-    final_state = seen[:, t:]
+    final_state = seen[:, t:].clone()  # a view would keep all of x for as long as the state lives
     if seq_idx is not None:
         document = torch.cat([seq_idx[:, :1].expand(-1, k - 1), seq_idx], dim=1)[..., None]
         final_state = final_state * (document[:, t:] == document[:, -1:])
