@@ -85,8 +85,10 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(path if path.exists() else name, *args, **kwargs | listed)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} is no checkpoint: {error}") from None
-        except (RuntimeError, MemoryError) as error:  # config.json asks for more than there is
-            raise ValueError(f"{name} cannot be opened: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            if "allocate" not in str(error):
+                raise
+            raise ValueError(f"{name} cannot be opened, its config.json asks for more memory than there is: {error}") from error
         model, info = loaded
         if wants_info:
             return model, info

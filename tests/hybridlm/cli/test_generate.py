@@ -2,6 +2,7 @@ import io
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.__main__ import main
@@ -146,3 +147,14 @@ def test_a_folder_without_a_tokenizer_is_told(tiny_model, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path)
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_without_a_stdin_the_error_says_so(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run(prompt="-")[::2] == (2, "error: there is no stdin to read the prompt from.\n")
+
+
+def test_a_generation_config_for_other_ways_does_not_stand_in_the_way(run, folder):
+    greedy = run("--max-new", 20)[1]
+    GenerationConfig(num_beams=4, num_return_sequences=3, repetition_penalty=5.0).save_pretrained(folder)
+    assert run("--max-new", 20)[:2] == (0, greedy)

@@ -192,3 +192,9 @@ def test_a_run_from_other_weights_reads_as_they_are(tiny_config, tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps({"model": {}}))
     with pytest.raises(ValueError, match=r"neither model\.config nor"):
         read_config(str(tmp_path / "run.yaml"))
+
+
+def test_a_run_that_names_itself_is_an_error(tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"init_from": str(tmp_path / "run.yaml")}}))
+    with pytest.raises(ValueError, match="names itself"):
+        read_config(str(tmp_path / "run.yaml"))
