@@ -61,8 +61,8 @@ def _is_inside(folder: Path, name: str) -> bool:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return False
     roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # the hub's own cache: its files are links to the blobs beside
-        roots.append((folder.parent.parent / "blobs").resolve())
+    # In the hub's own cache the files of a snapshot are links to the blobs beside.
+    roots += [(parent.parent / "blobs").resolve() for parent in folder.parents if parent.name == "snapshots"]
     return any((folder / name).resolve().is_relative_to(root) for root in roots)
 
 

@@ -168,8 +168,8 @@ class HybridLMConfig(PreTrainedConfig):
         """As transformers' own; also reads a `nemotron_h` config, ours or published. Fields in `kwargs` take the place of its."""
         if "num_hidden_layers" in kwargs:
             raise ValueError("num_hidden_layers is the length of hybrid_override_pattern; change the pattern.")
-        fields = {key: value for key, value in kwargs.items() if key in HybridLMConfig.__annotations__}
-        return super().from_dict(from_disk(config_dict) | fields, **kwargs)
+        changed = {key: value for key, value in kwargs.items() if key in HybridLMConfig.__annotations__}
+        return super().from_dict(from_disk(config_dict) | changed, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):  # under from_pretrained and from_json_file

@@ -53,7 +53,6 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # Nemotron 3's heads for several tokens at once, which this model has not
     _supports_sdpa = True
-    _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, which assisted generation would do
 
     @classmethod
@@ -350,8 +349,9 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
                 f"the prompt has no tokens: its shape is {tuple(prompt.shape[:2])}. Pass at least one row of one token."
             )
         cached = kwargs.get("past_key_values") is not None  # then the mask is over its positions, too
-        if prompt is not None and mask is not None and not cached and mask.shape != prompt.shape[:2]:
-            raise ValueError(f"attention_mask must have shape {tuple(prompt.shape[:2])}; got {tuple(mask.shape)}.")
+        shape = getattr(mask, "shape", type(mask).__name__)
+        if prompt is not None and mask is not None and not cached and shape != prompt.shape[:2]:
+            raise ValueError(f"attention_mask must be a tensor of shape {tuple(prompt.shape[:2])}; got {shape}.")
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks for inputs_embeds in its signature

@@ -69,3 +69,18 @@ def relative():
 def exact(tiny_model):
     """The tiny backbone in float64, where two ways to the same thing agree to 1e-9."""
     return lambda **changes: tiny_model(**changes).double().backbone.requires_grad_(False)
+
+
+@pytest.fixture
+def run_main(capsys):
+    """Calls a command's `main` with arguments of any kind; gives its exit status, stdout and stderr."""
+
+    def run(main, *arguments):
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,6 +1,7 @@
 """A folder with a model and a tokenizer, and a run directory as `python -m train` writes it."""
 
 import json
+from functools import partial
 
 import pytest
 import yaml
@@ -53,15 +54,6 @@ def fake_run(model_folder, text_folder, tmp_path):
 
 
 @pytest.fixture
-def command(capsys):
+def command(run_main):
     """Runs `python -m eval …` in this process; gives its exit status, stdout and stderr."""
-
-    def run(*arguments):
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return partial(run_main, main)

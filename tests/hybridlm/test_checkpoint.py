@@ -141,14 +141,15 @@ def test_a_link_to_the_folder_itself_is_no_escape(sharded):
     HybridLMForCausalLM.from_pretrained(sharded.parent / "run")
 
 
-def test_the_hubs_own_cache_opens(sharded, tmp_path):
+@pytest.mark.parametrize("subfolder", ["", "deeper"])
+def test_the_hubs_own_cache_opens(subfolder, sharded, tmp_path):
     """There every file is a link to a blob beside the snapshot."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234" / subfolder, tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for i, file in enumerate(sharded.iterdir()):
         shutil.copy(file, blobs / str(i))
-        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+        (snapshot / file.name).symlink_to(blobs / str(i))
     HybridLMForCausalLM.from_pretrained(snapshot)
     index = json.loads((snapshot / INDEX).read_text())
     index["weight_map"]["lm_head.weight"] = "../../blobs/0"  # inside the cache, and still no name of a shard

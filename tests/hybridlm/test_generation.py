@@ -329,8 +329,8 @@ def test_an_empty_prompt_is_an_error(shape, tiny_model):
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 9), (1, 5), (5,)])
 def test_a_mask_that_is_not_the_prompts_is_an_error(shape, tiny_model, draw_ids):
-    for mask in (torch.ones(shape), torch.zeros(shape)):
-        with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 5\)"):
+    for mask in (torch.ones(shape), torch.zeros(shape), torch.ones(shape).tolist()):
+        with pytest.raises(ValueError, match=r"attention_mask must be a tensor of shape \(2, 5\)"):
             tiny_model().generate(draw_ids(2, 5), attention_mask=mask, max_new_tokens=2)
 
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def command(capsys):
+def command(run_main):
     """Runs `python -m hybridlm …` in this process; gives its exit status, stdout and stderr."""
-
-    def run(*arguments):
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return partial(run_main, main)
 
 
 def test_help(command):
