@@ -9,7 +9,8 @@ State = tuple[Tensor, ...]  # (k, v) of attention, (conv, ssm) of Mamba-2; every
 class HybridCache(Cache):
     """The states of all layers, and which positions they have seen. Speaks what `generate` asks of a cache.
 
-    A state is replaced, never written into: a copy of a cache is worth keeping, and gradients may pass through it.
+    Where gradients are wanted, a state is replaced, never written into. Without them it is moved on in place: keep a
+    `copy.deepcopy` of a cache that is to be gone on from more than once.
 
     Attributes:
         states: of each layer, None before its first call and in layers that have none.
@@ -57,8 +58,14 @@ class HybridCache(Cache):
         return self.seen > 0
 
     def nbytes(self) -> int:
-        """Of the states."""
-        return sum(t.nbytes for state in self.states if state is not None for t in state)
+        """Of the states; keys and values (b h s d) count as far as they were seen, not the room kept for more."""
+        grows = [state is not None and state[0].dim() == 4 for state in self.states]
+        return sum(
+            (t[:, :, : self.seen] if grow else t).nbytes
+            for state, grow in zip(self.states, grows, strict=True)
+            if state is not None
+            for t in state
+        )
 
     def _each(self, change) -> None:
         self.states = [None if state is None else tuple(change(t) for t in state) for state in self.states]

@@ -76,15 +76,17 @@ def build_context(
         if (seq_idx[:, 0] == seq_idx[:, -1]).all():
             seq_idx = None  # every row is one document
     padding = None if tokens is None or tokens[:, past:].all() else Padding.where(~tokens[:, past:])
-    mask = rotation = None
+    mask = rotation = documents = None
     if "*" in config.hybrid_override_pattern:
+        if seq_idx is not None:
+            documents = [row.unique_consecutive(return_counts=True)[1].tolist() for row in seq_idx]
         mask = attention_mask(config, x, tokens, seq_idx, cache)
         if config.rope_theta is not None:
             # Only differences of positions matter, so packed documents need no positions of their own.
             every = torch.arange(past + t, device=x.device)[None] if tokens is None else tokens.cumsum(1) - 1
             positions = every[:, past:]
             rotation = rotary(positions, config.head_dim, config.rope_theta)
-    return Context(seq_idx, padding, mask, rotation, attentions)
+    return Context(not torch.is_grad_enabled(), past, seq_idx, documents, padding, mask, rotation, attentions)
 
 
 def attention_mask(
@@ -99,8 +101,8 @@ def attention_mask(
     """
     kind, t, past = config._attn_implementation, x.shape[1], 0 if cache is None else cache.seen
     plain = tokens is None and seq_idx is None
-    if kind == "sdpa" and plain and (past == 0 or t == 1):
-        return None
+    if kind == "sdpa" and tokens is None and (past == 0 or t == 1):
+        return None  # plainly causal, each document by itself
     if kind in ("sdpa", "eager"):  # as create_causal_mask gives, at a fraction of its time
         mask = torch.ones(t, past + t, dtype=torch.bool, device=x.device).tril(past)[None]
         if tokens is not None:

@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from hybridlm.cache import HybridCache
 from hybridlm.checkpoint import check_folder, check_shards, weight_faults
@@ -22,25 +23,40 @@ from hybridlm.mixers import MIXERS
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
 from hybridlm.mixers.moe import Router
-from hybridlm.mixers.parts import IntoResidual
+from hybridlm.mixers.parts import IntoResidual, Linear, RMSNorm
 from hybridlm.ops import Ops, build_ops
 from hybridlm.ops.cross_entropy import IGNORE
+
+logger = logging.get_logger(__name__)
+
+CPU_PIECE = 1024  # tokens of a long prompt that pass through a layer at a time: what is made of them stays small
 
 
 class Block(GradientCheckpointingLayer):
     """x + mixer(norm(x)).
+
+    At inference a CPU takes a long input in pieces where the mixer can hand on its state.
 
     The state comes and goes as arguments and results of its own: re-entrant checkpointing sees gradients of no others.
     """
 
     def __init__(self, config: HybridLMConfig, symbol: str, ops: Ops):
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, ops)
         self.mixer = MIXERS[symbol](config, ops)
 
     def forward(self, x: Tensor, context: Context, *state: Tensor) -> tuple[Tensor, ...]:
-        y, after = self.mixer(self.norm(x), context, state or None)
-        return x + y, *(after or ())
+        piece = max(1, CPU_PIECE // x.shape[0])
+        whole = context.seq_idx is not None or context.padding is not None or x.device.type != "cpu"
+        if not context.inference or whole or x.shape[1] <= piece or not self.mixer.hands_on:
+            y, after = self.mixer(self.norm(x), context, state or None)
+            return x + y, *(after or ())
+        out = torch.empty_like(x)
+        for now in (slice(i, i + piece) for i in range(0, x.shape[1], piece)):
+            y, after = self.mixer(self.norm(x[:, now]), context, state or None)
+            torch.add(x[:, now], y, out=out[:, now])
+            state = after or ()
+        return out, *state
 
 
 class HybridLMPreTrainedModel(PreTrainedModel):
@@ -120,7 +136,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Router):
             init.normal_(module.weight, std=c.initializer_range)
             init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, (nn.RMSNorm, GatedNorm)):
+        elif isinstance(module, (RMSNorm, GatedNorm)):
             init.ones_(module.weight)
 
 
@@ -134,7 +150,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
         ops = ops or build_ops(backend)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, symbol, ops) for symbol in config.hybrid_override_pattern)
-        self.norm_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, ops)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -196,6 +212,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
                 f"past_key_values must be a HybridCache of {len(self.layers)} layers, as use_cache=True starts one; "
                 f"got {type(cache).__name__}{f' of {len(cache)}' if isinstance(cache, HybridCache) else ''}."
             )
+        if attentions is not None and c._attn_implementation == "sdpa":
+            logger.warning_once('attn_implementation="sdpa" keeps no attention weights; for output_attentions take "eager".')
         tokens = find_tokens(x.shape[0], x.shape[1], attention_mask, cache)
         context = build_context(cast(HybridLMConfig, c), x, tokens, seq_idx, cache, attentions)
         wanted = c.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -240,7 +258,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.ops = build_ops(backend)
         self.backbone = HybridLMModel(config, ops=self.ops)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -68,35 +68,31 @@ def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> i
 
 
 def norm_activations(config: HybridLMConfig, w: int) -> int:
-    """Bytes per token that a norm keeps for backward: two fp32 steps, its root, and its result in `w` bytes a value."""
-    return config.hidden_size * (8 + w) + 4
+    """Bytes per token that a norm keeps for backward: its input and its result, and the scale of the token in fp32."""
+    return 2 * config.hidden_size * w + 4
 
 
 def block_activations(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> float:
     """Bytes per token that one layer and its norm keep for backward, as autograd has it with the eager operators.
 
     Args:
-        w: bytes of a value in the products, 4 or 2; where they are 2, what runs in fp32 is kept a second time.
+        w: bytes of a value in the products, 4 or 2.
     """
-    c, narrow = config, w < 4
+    c = config
     inner, conv, h, n = c.mamba_inner_size, c.mamba_conv_size, c.mamba_num_heads, c.ssm_state_size
     q, k = min(c.chunk_size, seq_len), c.num_experts_per_tok
     latent = c.moe_latent_size or c.hidden_size
     of_kind = {
-        # in_proj, three steps of the convolution, B and C turned, four of x; what of x and y is fp32; the q x q matrices of
-        # each head (decay, its copy, times C B^T); the states between chunks; dt and its sums.
-        "M": w * (inner + conv + h + 3 * conv + 4 * c.n_groups * n + 4 * inner + c.n_groups * q)
-        + 4 * (5 + 2 * narrow) * inner
-        + h * q * (4 + w + w * narrow)
-        + inner * n / q * (4 + w)
-        + 28 * h,
+        # in_proj and the convolution's result; y before and after its norm, and its scales; the states between chunks; dt with
+        # its bias and after softplus.
+        "M": w * (inner + conv + h + conv + 2 * inner) + 4 * c.n_groups + 4 * inner * n / q + 8 * h,
         # q, k, v, the product; the sums of its softmax (no weights are kept).
         "*": w * 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 4 * c.num_attention_heads,
-        "-": w * 2 * c.intermediate_size,  # before and after the square
-        # k times the expert's input, output and two steps; the same of the shared one; what is weighted, and routed, in fp32.
-        "E": w * (k * 2 * (latent + c.moe_intermediate_size) + 2 * c.moe_shared_expert_intermediate_size)
+        "-": w * c.intermediate_size,  # the squares
+        # k times the expert's input, output and squares; the shared one's squares; what is weighted, and routed, in fp32.
+        "E": w * (k * (2 * latent + c.moe_intermediate_size) + c.moe_shared_expert_intermediate_size)
         + 4 * k * latent
-        + 4 * c.hidden_size * narrow
+        + (4 * c.hidden_size if w < 4 else 0)
         + (0 if c.moe_latent_size is None else w * 2 * latent),
     }
     return norm_activations(c, w) + of_kind[symbol]
@@ -173,8 +169,8 @@ def page(f: dict[str, Any]) -> str:
         table(cache_rows(f)),
         f"Training in {precision} on {gpus:,} GPU{'s, fully sharded' if gpus > 1 else ''}: bytes on each, for a micro-batch of "
         f"{training['micro_batch']:,} x {f['seq_len']:,} tokens.\n"
-        "An estimate. The activations are those of the eager operators, much of them Mamba-2's chunk matrices; fused kernels\n"
-        "keep less. Logits come in blocks and do not count. fp8 narrows only what enters a product. The allocator needs more.",
+        "An estimate. The activations are those of the eager operators. Logits come in blocks and do not count. fp8 narrows\n"
+        "only what enters a product. The allocator needs more.",
         table(training_rows(training), "<><"),
     ])  # fmt: skip
 

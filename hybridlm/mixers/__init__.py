@@ -1,8 +1,9 @@
 """The kinds of layer: one file each, one table for all.
 
 A mixer is built as `Mixer(config, ops)` and called as `mixer(x, context, state) -> (y, state)`: x and y (b t d); `state`
-None at the start of a sequence; the returned state is for the next call. A projection into the residual stream is an
-`IntoResidual`: it starts smaller.
+None at the start of a sequence; the returned state is for the next call, and at inference may be `state`, written over.
+`hands_on` says that calls on the pieces of a sequence, each with the state of the one before, are as good as one on the
+whole. A projection into the residual stream is an `IntoResidual`: it starts smaller.
 """
 
 from hybridlm.mixers.attention import Attention

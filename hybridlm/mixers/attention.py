@@ -1,19 +1,25 @@
 """`*`: causal self-attention with grouped key-value heads (arXiv 2305.13245), and RoPE (arXiv 2104.09864) where configured."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybridlm.cache import State
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.mixers.context import Context
-from hybridlm.mixers.parts import IntoResidual
+from hybridlm.mixers.parts import IntoResidual, Linear
 from hybridlm.ops import Ops
+from hybridlm.ops.precision import product_dtype
 
 
 class Attention(nn.Module):
-    """The product itself is transformers' attention interface: `attn_implementation` chooses it."""
+    """`attn_implementation` chooses the product: torch's scaled_dot_product_attention ("sdpa"), or another one that transformers'
+    attention interface knows."""
 
+    hands_on = False  # pieces behind a cache need a mask, which takes longer
     is_causal = True
 
     def __init__(self, config: HybridLMConfig, ops: Ops):
@@ -21,23 +27,60 @@ class Attention(nn.Module):
         self.config, self.head_dim = config, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         query_size, key_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = IntoResidual(query_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, State]:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        kept = (k, v)
         if state is not None:
-            k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+            kept = extend(state[0], k, context), extend(state[1], v, context)
+            k, v = (m[:, :, : context.past + x.shape[1]] for m in kept)
+        if self.config._attn_implementation == "sdpa":
+            return self.o_proj(sdpa(q, k, v, context).transpose(1, 2).flatten(2).to(x.dtype)), kept
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         wanted = {"output_attentions": True} if context.attentions is not None else {}
         y, weights = attend(self, q, k, v, context.mask, dropout=0.0, scaling=self.head_dim**-0.5, **wanted)
         if context.attentions is not None and weights is not None:
             context.attentions.append(weights)
-        return self.o_proj(y.flatten(2)), (k, v)
+        return self.o_proj(y.flatten(2)), kept
+
+
+def extend(kept: Tensor, new: Tensor, context: Context) -> Tensor:
+    """The positions of `kept` (b h s d) that the cache has seen, then `new` (b h t d); positions after them are free.
+
+    At inference they are written where there is room, and room is made for more than is needed: to move all that is kept for
+    every token would take longer than to attend to it.
+    """
+    past, need = context.past, context.past + new.shape[2]
+    if not context.inference:
+        return torch.cat([kept[:, :, :past], new], dim=2)
+    if kept.shape[2] < need or (kept.is_inference() and not torch.is_inference_mode_enabled()):
+        larger = kept.new_empty(*kept.shape[:2], need + need // 8 + 64, kept.shape[3])
+        larger[:, :, :past] = kept[:, :, :past]
+        kept = larger
+    kept[:, :, past:need] = new
+    return kept
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """q (b h t d), k and v (b g s d) -> (b h t d): causal, or as the mask says; packed documents each by itself."""
+    q, k, v = (m.to(product_dtype(m)) for m in (q, k, v))
+    if context.documents is not None:
+        attend = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        rows = zip(*(m.unbind() for m in (q, k, v)), context.documents, strict=True)
+        parts = [[m.split(lengths, dim=1) for m in row] for *row, lengths in rows]
+        return torch.stack([torch.cat([attend(*document) for document in zip(*row, strict=True)], dim=1) for row in parts])
+    if q.shape[2] > 1 or context.mask is not None or q.requires_grad:
+        alone = context.mask is None and q.shape[2] > 1
+        return scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=alone, enable_gqa=True)
+    # One token: the heads of a group in one product with its keys, which are read once.
+    by_group = q.reshape(*k.shape[:2], -1, q.shape[-1]) * q.shape[-1] ** -0.5
+    return ((by_group @ k.mT).softmax(-1) @ v).view(q.shape)
 
 
 def eager_attention(

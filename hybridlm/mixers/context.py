@@ -43,7 +43,10 @@ class Context:
     """Computed once a pass, handed to each mixer.
 
     Attributes:
+        inference: no gradient is asked for: states may be written over, and a long input taken in pieces.
+        past: positions that the cache has seen.
         seq_idx: (b t) the document of each token, or None where every row is one document.
+        documents: of each row, the lengths of its documents; None where every row is one.
         padding: None where every position is a token.
         mask: what the attention implementation takes: boolean or additive (b 1 t s) over the s keys of cache and call together,
             a block mask; None: causal.
@@ -51,7 +54,10 @@ class Context:
         attentions: attention layers put their weights (b h t s) here, where the list is wanted.
     """
 
+    inference: bool = False
+    past: int = 0
     seq_idx: Tensor | None = None
+    documents: list[list[int]] | None = None
     padding: Padding | None = None
     mask: Any = None
     rotary: tuple[Tensor, Tensor] | None = None

@@ -1,27 +1,47 @@
 """`-`: the feed-forward layer with squared ReLU (Primer, arXiv 2109.08668)."""
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hybridlm.cache import State
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.mixers.context import Context
-from hybridlm.mixers.parts import IntoResidual
+from hybridlm.mixers.parts import IntoResidual, Linear
 from hybridlm.ops import Ops
 
 
 class MLP(nn.Module):
     """down(relu(up(x))^2): (… d) -> (… d)."""
 
-    def __init__(self, size: int, width: int, bias: bool, down: type[nn.Linear] = IntoResidual):
+    def __init__(self, size: int, width: int, bias: bool, down: type[Linear] = IntoResidual):
         super().__init__()
-        self.up_proj = nn.Linear(size, width, bias=bias)
+        self.up_proj = Linear(size, width, bias=bias)
         self.down_proj = down(width, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.up_proj(x).relu().square())
+        return self.down_proj(SquaredReLU.apply(self.up_proj(x)))
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2. Backward needs its result alone, which the next product keeps anyway: relu(x) is the root of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = x.relu().square_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y.sqrt().mul_(grad).mul_(2)
 
 
 class FFN(MLP):
+    hands_on = True
+
     def __init__(self, config: HybridLMConfig, ops: Ops):
         super().__init__(config.hidden_size, config.intermediate_size, config.mlp_bias)
 

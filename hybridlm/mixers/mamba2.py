@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 from hybridlm.cache import State
 from hybridlm.configuration import NO_LIMIT, HybridLMConfig
 from hybridlm.mixers.context import Context, pick
-from hybridlm.mixers.parts import IntoResidual, KeepsWide
+from hybridlm.mixers.parts import IntoResidual, KeepsWide, Linear
 from hybridlm.ops import Ops
 
 
@@ -20,13 +20,17 @@ class Mamba2(KeepsWide, nn.Module):
     over the whole sequence.
     """
 
+    hands_on = True
     WIDE = ("A_log", "D", "dt_bias")
 
     def __init__(self, config: HybridLMConfig, ops: Ops):
         super().__init__()
-        self.config, self.ops = config, ops
         inner, conv, heads = config.mamba_inner_size, config.mamba_conv_size, config.mamba_num_heads
-        self.in_proj = nn.Linear(config.hidden_size, inner + conv + heads, bias=config.use_bias)
+        # Read once: every token of a generation passes here.
+        self.ops, self.groups, self.heads, self.chunk_size = ops, config.n_groups, heads, config.chunk_size
+        self.projected, self.convolved = [inner, conv, heads], [inner, *[config.n_groups * config.ssm_state_size] * 2]
+        self.limit = None if list(config.time_step_limit) == NO_LIMIT else config.time_step_limit
+        self.in_proj = Linear(config.hidden_size, inner + conv + heads, bias=config.use_bias)
         self.conv1d = Convolution(config, ops)
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
@@ -35,26 +39,24 @@ class Mamba2(KeepsWide, nn.Module):
         self.out_proj = IntoResidual(inner, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, State]:
-        c, ops = self.config, self.ops
+        ops = self.ops
         conv_state, ssm_state = (None, None) if state is None else state
-        z, xBC, dt = self.in_proj(x).split([c.mamba_inner_size, c.mamba_conv_size, c.mamba_num_heads], dim=-1)
+        z, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
         xBC, conv_state = self.conv1d(xBC, context, conv_state)
-        bc_size = c.n_groups * c.ssm_state_size
-        u, B, C = xBC.split([c.mamba_inner_size, bc_size, bc_size], dim=-1)
-        u = u.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
-        B, C = B.unflatten(-1, (c.n_groups, -1)), C.unflatten(-1, (c.n_groups, -1))
+        u, B, C = xBC.split(self.convolved, dim=-1)
+        u, B, C = (m.unflatten(-1, (count, -1)) for m, count in ((u, self.heads), (B, self.groups), (C, self.groups)))
         dt = softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        if list(c.time_step_limit) != NO_LIMIT:
-            dt = dt.clamp(*c.time_step_limit)
+        if self.limit is not None:
+            dt = dt.clamp(*self.limit)
         if context.padding is not None:  # a step of length 0 neither decays the state nor adds to it
             dt = dt.masked_fill(context.padding.absent[..., None], 0)
         A = -torch.exp(self.A_log)
         if x.shape[1] == 1 and ssm_state is not None:
-            y, ssm_state = ops.ssd_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], ssm_state, D=self.D)
+            y, ssm_state = ops.ssd_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], ssm_state, D=self.D, overwrite=context.inference)
             y = y[:, None]
         else:
             y, ssm_state = ops.ssd(
-                u, dt, A, B, C, D=self.D, initial_state=ssm_state, seq_idx=context.seq_idx, chunk_size=c.chunk_size
+                u, dt, A, B, C, D=self.D, initial_state=ssm_state, seq_idx=context.seq_idx, chunk_size=self.chunk_size
             )
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv_state, ssm_state)
 

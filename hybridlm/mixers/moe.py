@@ -9,7 +9,7 @@ from hybridlm.cache import State
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.ffn import MLP
-from hybridlm.mixers.parts import IntoResidual, KeepsWide
+from hybridlm.mixers.parts import IntoResidual, KeepsWide, Linear
 from hybridlm.ops import Ops
 from hybridlm.ops.precision import without_autocast
 
@@ -17,15 +17,17 @@ from hybridlm.ops.precision import without_autocast
 class MoE(nn.Module):
     """shared(x) + sum over the token's experts of weight * expert(x); no token is dropped, whatever the load."""
 
+    hands_on = True
+
     def __init__(self, config: HybridLMConfig, ops: Ops):
         super().__init__()
         c, latent = config, config.moe_latent_size
-        size, down = (c.hidden_size, IntoResidual) if latent is None else (latent, nn.Linear)
+        size, down = (c.hidden_size, IntoResidual) if latent is None else (latent, Linear)
         self.gate = Router(c)
         self.experts = nn.ModuleList(MLP(size, c.moe_intermediate_size, False, down) for _ in range(c.n_routed_experts))
         self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, c.mlp_bias)
         has_latent = latent is not None
-        self.fc1_latent_proj = nn.Linear(c.hidden_size, size, bias=c.mlp_bias) if has_latent else nn.Identity()
+        self.fc1_latent_proj = Linear(c.hidden_size, size, bias=c.mlp_bias) if has_latent else nn.Identity()
         self.fc2_latent_proj = IntoResidual(size, c.hidden_size, bias=c.mlp_bias) if has_latent else nn.Identity()
 
     def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, None]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from hybridlm.ops import conv1d, cross_entropy, gated_norm, ssd
+from hybridlm.ops import conv1d, cross_entropy, gated_norm, rms_norm, ssd
 from hybridlm.ops.backend import resolve
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ class Ops:
     ssd_step: Callable
     conv1d: Callable
     gated_norm: Callable
+    rms_norm: Callable
     cross_entropy: Callable
     backends: dict[str, str]  # which implementation each of them runs
 
@@ -34,6 +35,7 @@ def build_ops(backend: str = "auto") -> Ops:
         "ssd_step": (ssd.ssd_step, ssd.STEP_IMPLEMENTATIONS),
         "conv1d": (conv1d.conv1d, conv1d.IMPLEMENTATIONS),
         "gated_norm": (gated_norm.gated_norm, gated_norm.IMPLEMENTATIONS),
+        "rms_norm": (rms_norm.rms_norm, rms_norm.IMPLEMENTATIONS),
         "cross_entropy": (cross_entropy.cross_entropy, cross_entropy.IMPLEMENTATIONS),
     }
     chosen = {op: resolve(op, implementations, backend) for op, (_, implementations) in table.items()}

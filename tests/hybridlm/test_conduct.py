@@ -10,10 +10,9 @@ import torch
 from accelerate import infer_auto_device_map, init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.integrations import sdpa_attention
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMModel
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMModel, modeling
 
 PATTERNS = ["M-M*-M-", "MEM*-ME"]
 CLASSES = [HybridLMForCausalLM, HybridLMModel]
@@ -203,7 +202,7 @@ def test_every_attention_layer_shows_its_weights_and_no_other(build, draw_ids):
 
 def test_sdpa_keeps_no_weights_and_says_so(tiny_model, draw_ids, monkeypatch):
     model, warnings = tiny_model(), []
-    monkeypatch.setattr(sdpa_attention.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(modeling.logger, "warning_once", warnings.append)
     assert model(draw_ids(1, 5)).attentions is None and warnings == []
     assert model(draw_ids(1, 5), output_attentions=True).attentions is None
     assert len(warnings) == 1 and "eager" in warnings[0]

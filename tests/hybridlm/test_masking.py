@@ -94,7 +94,7 @@ def test_padding_knows_its_order_and_counts():
 def test_a_context_moves_with_the_layers():
     """accelerate calls `.to` of what it hands to a layer on another device."""
     full = torch.zeros(1, 4)
-    context = Context(full, Padding.where(full.bool()), full, (full, full), [])
+    context = Context(False, 3, full, [[4]], Padding.where(full.bool()), full, (full, full), [])
     moved = context.to("meta")
     tensors = [moved.seq_idx, moved.mask, *moved.rotary, *vars(moved.padding).values()]
     assert all(t.device.type == "meta" for t in tensors) and moved.attentions is context.attentions

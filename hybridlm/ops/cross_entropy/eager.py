@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hybridlm.ops.cross_entropy.constants import IGNORE
+from hybridlm.ops.precision import product_dtype
 
-BLOCK_BYTES = 2**25  # of fp32 logits
+BLOCK_BYTES = 2**23  # of fp32 logits: they stay in a processor's cache
+LEAST_ROWS = 256  # of a block: products of fewer read the weight more often than they compute with it
 
 
 def cross_entropy(hidden, weight, labels) -> Tensor:
@@ -16,34 +19,42 @@ def cross_entropy(hidden, weight, labels) -> Tensor:
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
-        ctx.save_for_backward(hidden, weight, labels)
-        return torch.cat([_block(hidden[rows], weight, labels[rows])[0] for rows in _blocks(hidden, weight)])
+        narrow, wide = product_dtype(hidden), torch.promote_types(hidden.dtype, torch.float32)
+        log_sum = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        chosen = torch.empty_like(log_sum)
+        index = labels.where(labels != IGNORE, 0)[:, None]
+        w = weight.to(narrow)
+        for rows in _blocks(hidden, weight):
+            logits = _logits(hidden[rows], w)
+            log_sum[rows] = torch.logsumexp(logits, dim=-1)
+            chosen[rows] = logits.gather(-1, index[rows])[:, 0]
+        ctx.save_for_backward(hidden, weight, labels, log_sum)
+        return torch.where(labels != IGNORE, log_sum - chosen, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, labels = ctx.saved_tensors
+        hidden, weight, labels, log_sum = ctx.saved_tensors
+        narrow = product_dtype(hidden)
+        w = weight.to(narrow)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_weight = torch.zeros(weight.shape, dtype=log_sum.dtype, device=weight.device)
+        counted = labels != IGNORE
+        index, grad = labels.where(counted, 0)[:, None], grad.where(counted, 0)[:, None]
         for rows in _blocks(hidden, weight):
-            _, logits, log_sum, label, counted = _block(hidden[rows], weight, labels[rows])
             # d nll / d logits = softmax - one_hot(label), in place of the logits
-            logits = torch.exp(logits.sub_(log_sum[:, None]))
-            logits[torch.arange(len(label), device=label.device), label] -= 1
-            logits = logits.mul_(torch.where(counted, grad[rows], 0)[:, None]).to(hidden.dtype)
-            grad_hidden[rows] = logits @ weight
-            grad_weight += logits.T @ hidden[rows]
+            dlogits = _logits(hidden[rows], w).sub_(log_sum[rows, None]).exp_().mul_(grad[rows])
+            dlogits = dlogits.scatter_add_(-1, index[rows], -grad[rows]).to(narrow)
+            grad_hidden[rows] = dlogits @ w
+            grad_weight += dlogits.T @ hidden[rows].to(narrow)
         return grad_hidden, grad_weight.to(weight.dtype), None
 
 
-def _blocks(hidden, weight) -> list[slice]:
-    size = max(1, BLOCK_BYTES // (4 * len(weight)))
+def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(LEAST_ROWS, BLOCK_BYTES // (4 * len(weight)))
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 
-def _block(hidden, weight, labels):
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    log_sum = torch.logsumexp(logits, dim=-1)
-    counted = labels != IGNORE
-    label = labels.where(counted, 0)
-    nll = torch.where(counted, log_sum - logits.gather(-1, label[:, None])[:, 0], 0)
-    return nll, logits, log_sum, label, counted
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(tokens v), fp32 or wider."""
+    return (hidden.to(weight.dtype) @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))

@@ -60,9 +60,21 @@ def ssd(
 
 
 def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, *, D: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    overwrite: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token: as `ssd` without the time axis. x (b h p), dt (b h), A (h), B and C (b g n), state (b h p n), D (h).
+
+    Args:
+        overwrite: whether the next state may take the place of `state`, which no gradient may need then.
 
     Returns:
         y (b h p) in the dtype of x, and the next state (b h p n).
@@ -71,7 +83,7 @@ def ssd_step(
     _check_ssd(dt, D, state, sizes)
     run = STEP_IMPLEMENTATIONS[resolve("ssd_step", STEP_IMPLEMENTATIONS, backend)]
     with without_autocast(x.device):
-        return run(x, dt, A, B, C, state, D=D)
+        return run(x, dt, A, B, C, state, D=D, overwrite=overwrite)
 
 
 def _check_ssd(dt: Tensor, D: Tensor | None, state: Tensor | None, sizes: dict[str, int]) -> None:

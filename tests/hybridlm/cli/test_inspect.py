@@ -10,6 +10,8 @@ from hybridlm.cache import HybridCache
 from hybridlm.cli.inspect import activation_bytes, block_activations, cache_bytes, figures, page, read_config, state_bytes
 from hybridlm.flops import forward_flops
 from hybridlm.mixers.context import Context
+from hybridlm.ops import precision
+from hybridlm.ops.ssd import eager
 from hybridlm.output import BYTES, COUNT, scaled, table
 
 SHAPES = Path(__file__).parents[3] / "configs" / "model"
@@ -89,7 +91,9 @@ WIDE = {
 
 @pytest.mark.parametrize("changes", [{}, {"chunk_size": 64, "mamba_num_heads": 6}, {"moe_latent_size": 40}])
 @pytest.mark.parametrize(("dtype", "w"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_activations_are_what_autograd_keeps(changes, dtype, w, tiny_model):
+def test_activations_are_what_autograd_keeps(changes, dtype, w, tiny_model, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)  # without, products keep fp32 copies of bf16 inputs
+    monkeypatch.setattr(eager, "CPU_CHUNK", 1000)
     model = tiny_model("eager", **WIDE | changes).to(dtype)
     for symbol, block in zip("M*-E", model.backbone.layers):
         x = torch.randn(2, 256, 96, dtype=dtype, requires_grad=True)

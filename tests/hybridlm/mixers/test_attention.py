@@ -35,8 +35,8 @@ def test_the_state_is_every_key_and_value(mixer):
     m, x = mixer(), torch.randn(2, 6, 32, dtype=torch.float64)
     _, whole = m(x, Context(), None)
     _, state = m(x[:, :4], Context(), None)
-    _, state = m(x[:, 4:5], Context(), state)
-    _, state = m(x[:, 5:], Context(), state)
+    _, state = m(x[:, 4:5], Context(past=4), state)
+    _, state = m(x[:, 5:], Context(past=5), state)
     assert whole[0].shape == (2, 2, 6, 8)
     for a, b in zip(state, whole):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

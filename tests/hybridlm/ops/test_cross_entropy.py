@@ -29,21 +29,27 @@ def torchs_own(hidden, weight, labels):
 @pytest.mark.parametrize("rows", [1, 2, 4, 21, 1000])
 def test_blocks_of_any_size_equal_naive_and_torch_in_outputs_and_gradients(rows, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(eager, "LEAST_ROWS", 1)
     mine = results(cross_entropy, *draw())
     for other in (lambda *a: cross_entropy(*a, backend="naive"), torchs_own):
         for a, b in zip(mine, results(other, *draw()), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_a_block_of_less_than_a_row_is_a_row(monkeypatch):
+def test_a_block_has_at_least_so_many_rows_however_large_the_vocabulary(monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(eager, "LEAST_ROWS", 3)
+    seen, logits = [], eager._logits
+    monkeypatch.setattr(eager, "_logits", lambda h, w: seen.append(len(h)) or logits(h, w))
     torch.testing.assert_close(cross_entropy(*draw()), torchs_own(*draw()), rtol=1e-9, atol=1e-9)
+    assert set(seen) == {3}
 
 
 def test_no_more_than_a_block_of_logits_exists_at_once(monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_BYTES", 2 * 4 * VOCABULARY)
-    seen, block = [], eager._block
-    monkeypatch.setattr(eager, "_block", lambda h, w, y: seen.append(len(h)) or block(h, w, y))
+    monkeypatch.setattr(eager, "LEAST_ROWS", 1)
+    seen, logits = [], eager._logits
+    monkeypatch.setattr(eager, "_logits", lambda h, w: seen.append(len(h)) or logits(h, w))
     results(cross_entropy, *draw())
     assert max(seen) == 2 and sum(seen) == 2 * 21
 
