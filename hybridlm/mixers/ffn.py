@@ -20,7 +20,8 @@ class MLP(nn.Module):
         self.down_proj = down(width, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SquaredReLU.apply(self.up_proj(x)))
+        up = self.up_proj(x)
+        return self.down_proj(SquaredReLU.apply(up) if up.requires_grad else up.relu().square_())
 
 
 class SquaredReLU(torch.autograd.Function):

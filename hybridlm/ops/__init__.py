@@ -10,6 +10,9 @@ from hybridlm.ops.backend import resolve
 
 logger = logging.getLogger(__name__)
 
+# Operators that every token of a generation passes: a mixer is handed them bare, for their checks take a tenth of a step.
+EVERY_TOKEN = ("ssd_step", "conv1d", "gated_norm", "rms_norm")
+
 
 @dataclass(frozen=True)
 class Ops:
@@ -40,4 +43,7 @@ def build_ops(backend: str = "auto") -> Ops:
     }
     chosen = {op: resolve(op, implementations, backend) for op, (_, implementations) in table.items()}
     logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))
-    return Ops(**{op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()}, backends=chosen)
+    handed: dict[str, Callable] = {op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()}
+    for op in EVERY_TOKEN:
+        handed[op] = table[op][1][chosen[op]]
+    return Ops(**handed, backends=chosen)

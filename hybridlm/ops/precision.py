@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Inside, autocast narrows nothing. The meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 FEW_ROWS = 8
@@ -37,15 +38,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    autocast, few = torch.is_autocast_enabled("cpu"), x.numel() <= FEW_ROWS * x.shape[-1]
-    narrow = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if narrow == torch.bfloat16 and not few and not cpu_has_bf16():
+    narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    (out, size), rows = weight.shape, x.numel() // x.shape[-1]
+    if rows <= FEW_ROWS:
+        threads = torch.get_num_threads()
+        if narrow == torch.float32 and out % threads == 0:
+            y = torch.bmm(x.reshape(1, rows, size).expand(threads, rows, size), weight.view(threads, -1, size).mT)
+            y = (y if rows == 1 else y.transpose(0, 1)).reshape(*x.shape[:-1], out)
+            return y if bias is None else y + bias
+    elif narrow == torch.bfloat16 and not cpu_has_bf16():
         with without_autocast(x.device):
             x, weight = x.to(narrow).float(), weight.to(narrow).float()
             return F.linear(x, weight, bias if bias is None else bias.to(narrow).float()).to(narrow)
-    threads = torch.get_num_threads()
-    if narrow == torch.float32 and few and len(weight) % threads == 0:
-        rows = x.reshape(1, -1, x.shape[-1]).expand(threads, -1, -1)
-        y = torch.bmm(rows, weight.view(threads, -1, weight.shape[1]).mT).transpose(0, 1).reshape(*x.shape[:-1], len(weight))
-        return y if bias is None else y + bias
     return F.linear(x, weight, bias)

@@ -5,5 +5,5 @@ from torch import Tensor
 from hybridlm.ops.rms_norm.eager import normed
 
 
-def gated_norm(x, z, weight, *, groups: int, eps: float) -> Tensor:
+def gated_norm(x, z, weight, *, groups: int = 1, eps: float = 1e-5) -> Tensor:
     return normed(x, z, weight, groups, eps)

@@ -16,9 +16,14 @@ def normed(x: Tensor, z: Tensor | None, weight: Tensor, groups: int, eps: float)
     """weight * u / rms(u) with u = x, or x silu(z) where there is a gate z; the mean over each of `groups` runs of channels."""
     if x.shape[1] > 1:
         return RMSNorm.apply(x, z, weight, groups, eps)
-    u = x.to(torch.promote_types(x.dtype, torch.float32))  # a step of generation: as few operators as can be
-    u = (u if z is None else silu(z.to(u.dtype)) * u).unflatten(-1, (groups, -1))
-    return (torch.rms_norm(u, u.shape[-1:], eps=eps).flatten(-2) * weight).to(x.dtype)
+    narrow = x.dtype  # a step of generation: as few operators as can be
+    x = x.to(torch.promote_types(narrow, torch.float32))
+    if z is not None:
+        x = silu(z.to(x.dtype)) * x
+    if groups == 1:
+        return torch.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(narrow)
+    u = x.unflatten(-1, (groups, -1))
+    return (torch.rms_norm(u, u.shape[-1:], eps=eps).flatten(-2) * weight).to(narrow)
 
 
 class RMSNorm(torch.autograd.Function):

@@ -82,8 +82,7 @@ def ssd_step(
     sizes = check_shapes(("x", x, "b h p"), ("dt", dt, "b h"), ("A", A, "h"), ("B", B, "b g n"), ("C", C, "b g n"))
     _check_ssd(dt, D, state, sizes)
     run = STEP_IMPLEMENTATIONS[resolve("ssd_step", STEP_IMPLEMENTATIONS, backend)]
-    with without_autocast(x.device):
-        return run(x, dt, A, B, C, state, D=D, overwrite=overwrite)
+    return run(x, dt, A, B, C, state, D=D, overwrite=overwrite)
 
 
 def _check_ssd(dt: Tensor, D: Tensor | None, state: Tensor | None, sizes: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybridlm.ops.precision import product_dtype
+from hybridlm.ops.precision import product_dtype, without_autocast
 
 CPU_CHUNK = 64  # a shorter chunk passes the state on more often, a longer one has larger q x q products
 CPU_BLOCK = 2**20  # elements of the q x q products, of all rows, chunks and heads, that are made at a time
@@ -40,7 +40,8 @@ def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor,
     frozen = state.is_inference() and not torch.is_inference_mode_enabled()
     state = state.mul_(decay) if overwrite and not frozen else decay * state
     per_group = state.view(b, g, -1, n).addcmul_(update, B[:, :, None])  # b g (r p) n
-    y = (per_group @ C[..., None]).view(b, h, p)
+    with without_autocast(x.device):
+        y = (per_group @ C[..., None]).view(b, h, p)
     if D is not None:
         y = torch.addcmul(y, D[:, None], x)
     return y.to(dtype), state

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hybridlm.ops.precision import without_autocast
+
 
 def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size=None) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t; `chunk_size` plays no part."""
@@ -27,5 +29,6 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size=
 
 
 def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor, Tensor]:
-    y, state = ssd(x[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, initial_state=state)
+    with without_autocast(x.device):
+        y, state = ssd(x[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, initial_state=state)
     return y[:, 0], state
