@@ -4,11 +4,9 @@ Each model and shape runs in a process of its own, so that its peak memory is it
 take turns, so that whatever else the machine does hits both alike.
 """
 
-import multiprocessing
 import statistics
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import product
 from typing import Any
@@ -17,6 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from eval.workers import worker
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cache import HybridCache
 from hybridlm.output import quiet
@@ -42,17 +41,13 @@ def evaluate(
         ValueError: a folder without a model, or a model too small to have a twin.
     """
     shapes = list(product(prompts, news, batches))
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # a fresh process in milliseconds: torch is imported once, nothing has run
-    context.set_forkserver_preload([__name__])
     rows = []
     runs = len(folders) * len(shapes) * (1 + twin) * (1 + repeats)
     with tqdm(total=runs, desc="timing", unit=" requests") as bar:
         for folder, (prompt, new, batch) in product(folders, shapes):
             contenders = {folder: False} | ({folder + TWIN: True} if twin else {})
             with ExitStack() as stack:
-                pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in contenders}
+                pools = {name: stack.enter_context(worker(__name__)) for name in contenders}
                 peaks: dict[str, int] = {}
                 turns: dict[str, list[dict]] = {name: [] for name in contenders}
                 for name, is_twin in contenders.items():
