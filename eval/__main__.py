@@ -121,7 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
         "two Transformers of its size, and what the machine can do. Shapes are frozen; each contender has a process of its own, "
         "all take turns; medians.",
     )
-    sub.add_argument("--only", type=lambda text: text.split(","), metavar="ROW,…", help="these rows alone, such as train-fp32")
+    sub.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="ROW,…",
+        help="these rows alone: train-fp32, train-bf16, prefill-4096, prefill-16384, decode-fp32, decode-bf16, request-65536",
+    )
     sub.add_argument("--repeats", type=size, default=3, metavar="N", help="timed turns, after one untimed")
     sub.add_argument("--long", action="store_true", help="also a prompt of 65,536 and 1,024 tokens after it")
     sub.add_argument(

@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,19 @@ from eval.output import rows_table
 from eval.workers import worker
 from hybridlm.output import write_json
 
-# Without bf16 units, bf16 is slow everywhere; its rows then take shapes that a call of 15 s can do.
+# On a CPU without bf16 units bf16 takes a hundred times as long as fp32; its rows then take shapes of a few seconds.
 TASKS = (
     Task("train-fp32", "train", "fp32", 4, 1024),
-    Task("train-bf16", "train", "bf16", 4, 1024, cap=15),
+    Task("train-bf16", "train", "bf16", 4, 1024, cap=6),
     Task("prefill-4096", "prefill", "fp32", 1, 4096),
     Task("prefill-16384", "prefill", "fp32", 1, 16384),
     Task("decode-fp32", "decode", "fp32", 1, 1024, new=64),
-    Task("decode-bf16", "decode", "bf16", 1, 1024, new=64, cap=15),
+    Task("decode-bf16", "decode", "bf16", 1, 1024, new=64, cap=3),
 )
 LONG_TASKS = (Task("request-65536", "request", "fp32", 1, 65536, new=64, whole=1024, cap=900),)
 SHORTEST = 32
 REACHED = 0.5  # what a call reaches of the ceiling, roughly: for the estimate of the run's time alone
-EQUALITY_TOKENS = ((2, 1024), Task("equality", "decode", "bf16", 1, 256, cap=10))
+EQUALITY_TOKENS = ((2, 1024), Task("equality", "decode", "bf16", 1, 256, cap=3))
 COLUMNS = {
     "row": "row", "shape": "shape", "contender": "contender", "seconds": "seconds", "tokens_per_second": "tokens/s",
     "speed_to_nemotron_h": "x nemotron_h", "speed_to_llama": "x Llama", "ceiling": "of ceiling", "peak": "peak MB",
@@ -49,9 +51,12 @@ def command(json_path: str | None, only: list[str] | None, repeats: int, long: b
     """Runs, prints the tables, and writes the figures to `json_path`, by default a new file in runs/bench.
 
     Raises:
-        ValueError: the same weights do not give the same logits.
+        ValueError: no such row; or the same weights do not give the same logits.
         KeyboardInterrupt: after what has been measured was written.
     """
+    if unknown := set(only or ()) - {task.name for task in TASKS + LONG_TASKS}:
+        known = ", ".join(task.name for task in TASKS + LONG_TASKS)
+        raise ValueError(f"--only takes the names of rows, {known}; got {', '.join(sorted(unknown))}.")
     path = json_path or f"runs/bench/bench-{datetime.now():%Y%m%d-%H%M%S}.json"
     if json_path is None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -87,53 +92,44 @@ def run(
         "machine": machine(), "repeats": repeats, "shapes": asdict(shapes), "finished": False, "seconds": 0.0, "ceiling": {},
         "equality": {}, "rows": [], "notes": [],
     }  # fmt: skip
+    say("measuring what the machine can do, about half a minute")
     with worker(contenders.__name__) as pool:
-        say("measuring what the machine can do, about half a minute")
-        content["ceiling"] = pool.submit(ceiling.ceiling, threads, **ceiling_sizes or {}).result()
+        ends = content["ceiling"] = pool.submit(ceiling.ceiling, threads, **ceiling_sizes or {}).result()
+    at_ceiling = {name: partial(seconds_at_ceiling, name, shapes, ends=ends) for name in CONTENDERS}
+    planned, content["notes"] = plan(tasks, lambda task: max(seconds(task) for seconds in at_ceiling.values()))
+    few = fit(equality_tokens[1], at_ceiling["hybridlm"])
 
-    def at_ceiling(task: Task) -> dict[str, float]:
-        return {name: seconds_at_ceiling(name, shapes, task, content["ceiling"]) for name in CONTENDERS}
+    def estimate(task: Task, name: str) -> float:
+        """Of one of the turns; a decode reads its prompt in the first of them only."""
+        return at_ceiling[name](task) / REACHED / (1 + repeats if task.kind == "decode" else 1)
 
-    planned = []
-    for task in tasks:
-        smaller = fit(task, lambda task: max(at_ceiling(task).values()))
-        if smaller is None:
-            content["notes"].append(f"{task.name} is left out: one call would take more than {task.cap:g} s on this machine.")
-        else:
-            planned.append(smaller)
-            if smaller != task:
-                content["notes"].append(
-                    f"{task.name} is {shape(smaller)} instead of {shape(task)}, which would take more than {task.cap:g} s a call "
-                    "on this machine."
-                )
-    few = fit(equality_tokens[1], lambda task: at_ceiling(task)["hybridlm"])
-    bf16_tokens = few.length if few else SHORTEST
-    calls = {task.name: 1 if task.kind == "request" else 1 + repeats for task in planned}
-    estimate = sum(sum(at_ceiling(task).values()) * calls[task.name] / REACHED for task in planned)
-    say(f"about {1 + estimate / 60:.0f} minutes: {', '.join(f'{task.name} {shape(task)}' for task in planned)}")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=estimate, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", smoothing=0) as bar,
-    ):
+    turns = {task: 1 if task.kind == "request" else 1 + repeats for task in planned}
+    total = sum(turns[task] * estimate(task, name) for task in planned for name in CONTENDERS)
+    say(f"about {1 + total / 60:.0f} minutes for {', '.join(f'{task.name} {shape(task)}' for task in planned)}")
+    with tempfile.TemporaryDirectory() as folder:
         folders = {"full": f"{folder}/full", "small": f"{folder}/small"}
-        bar.set_description("equality")
+        say("comparing the logits of hybridlm and stock nemotron_h")
         with worker(contenders.__name__) as pool:
             for name, of in (("full", shapes), ("small", SMALL)):
                 pool.submit(contenders.save, of, folders[name]).result()
             content["equality"] = pool.submit(
-                contenders.equality, folders["full"], shapes.hybrid["vocab_size"], equality_tokens[0], bf16_tokens, threads
+                contenders.equality, shapes, folders["full"], equality_tokens[0], few.length if few else SHORTEST, threads
             ).result()
-        for task in planned:
-            seconds = at_ceiling(task)
-
-            def tick(name: str, task: Task = task, seconds: dict[str, float] = seconds) -> None:
-                bar.set_description(f"{task.name} {CONTENDERS[name]}")
-                bar.update(seconds[name] / REACHED)
-
-            turns, faults = measure(task, shapes, folders, threads, calls[task.name] - 1, tick)
-            content["notes"] += [f"{task.name} is without {CONTENDERS[name]}: {fault}" for name, fault in faults.items()]
-            content["rows"] += rows_of(task, turns, shapes, content["ceiling"])
-            content["seconds"] = time.perf_counter() - start
+        with tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", smoothing=0) as bar:
+            for task in planned:
+                bar.set_description(task.name)
+                with ExitStack() as stack:
+                    pools = {name: stack.enter_context(worker(contenders.__name__)) for name in CONTENDERS}
+                    prepare = (shapes, folders, task, threads)
+                    results, faults = take_turns(
+                        pools,
+                        prepare,
+                        turns[task],
+                        lambda name, task=task: bar.update(estimate(task, name)),  # type: ignore[misc]
+                    )
+                content["notes"] += [f"{task.name} is without {CONTENDERS[name]}: {fault}" for name, fault in faults.items()]
+                content["rows"] += rows_of(task, results, shapes, ends)
+                content["seconds"] = time.perf_counter() - start
     content["finished"] = True
 
 
@@ -165,30 +161,43 @@ def fit(task: Task, seconds: Callable[[Task], float]) -> Task | None:
     return task
 
 
-def measure(
-    task: Task, shapes: Shapes, folders: dict[str, str], threads: int, repeats: int, tick: Callable[[str], None]
+def plan(tasks: list[Task], seconds: Callable[[Task], float]) -> tuple[list[Task], list[str]]:
+    """The tasks that fit their caps, and what was changed to make them."""
+    planned, notes = [], []
+    for task in tasks:
+        smaller, too_long = fit(task, seconds), f"one call would take more than {task.cap:g} s on this machine."
+        if smaller is None:
+            notes.append(f"{task.name} is left out: {too_long}")
+            continue
+        if smaller != task:
+            notes.append(f"{task.name} is {shape(smaller)} instead of {shape(task)}: {too_long}")
+        planned.append(smaller)
+    return planned, notes
+
+
+def take_turns(
+    pools: dict[str, Any], prepare: tuple[Shapes, dict[str, str], Task, int], turns: int, tick: Callable[[str], Any]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """The turns of each contender, the first of them with its memory; and why a contender has none."""
-    turns: dict[str, list[dict[str, Any]]] = {}
+    """The results of each contender, turn by turn, the first with its memory; and why a contender has none."""
+    task = prepare[2]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in pools}
     faults: dict[str, str] = {}
-    with ExitStack() as stack:
-        pools = {name: stack.enter_context(worker(contenders.__name__)) for name in CONTENDERS}
-        for turn in range(repeats + 1):
-            for name in [name for name in CONTENDERS if name not in faults]:
-                try:
-                    if turn == 0:
-                        turns[name] = [pools[name].submit(contenders.prepare, name, shapes, folders, task, threads).result()]
-                    else:
-                        turns[name].append(pools[name].submit(contenders.call, task, turn).result())
-                    if name == "hybridlm" and task.kind in ("prefill", "request"):
-                        turns[name][-1]["attention"] = pools[name].submit(contenders.attention_seconds, task).result()
-                except (BrokenProcessPool, MemoryError, RuntimeError) as error:
-                    if not isinstance(error, BrokenProcessPool) and "allocate" not in str(error):
-                        raise
-                    faults[name] = f"it needs more memory than there is ({error})"
-                    turns.pop(name, None)
-                tick(name)
-    return turns, faults
+    for turn, name in product(range(turns), pools):
+        if name in faults:
+            continue
+        try:
+            work = (contenders.call, task, turn) if turn else (contenders.prepare, name, *prepare)
+            result = pools[name].submit(*work).result()
+            if name == "hybridlm" and task.kind in ("prefill", "request"):
+                result["attention"] = pools[name].submit(contenders.attention_seconds, task).result()
+            results[name].append(result)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, BrokenProcessPool)) and "allocate" not in str(error):
+                raise
+            faults[name] = f"it needs more memory than there is ({error})"
+            del results[name]
+        tick(name)
+    return results, faults
 
 
 def rows_of(task: Task, turns: dict[str, list[dict[str, Any]]], shapes: Shapes, ends: dict[str, Any]) -> list[dict[str, Any]]:
@@ -278,7 +287,8 @@ def text(content: dict[str, Any]) -> str:
         f"product reads {read['fp32'] / 1e9:.3g} GB/s in fp32, {read['bf16'] / 1e9:.3g} in bf16; copy "
         f"{ends['copy_bytes_per_second'] / 1e9:.3g} GB/s, read and written",
         f"hybridlm and stock nemotron_h: {verdict}, {same['fp32']:.1e} apart in fp32 (bound {same['fp32_bound']:.0e}); "
-        f"in bf16, from float64: hybridlm {same['bf16_hybridlm']:.1e}, stock {same['bf16_nemotron_h']:.1e}",
+        f"in bf16 hybridlm is {same['bf16_hybridlm']:.3g} from float64, stock {same['bf16_nemotron_h']:.3g}"
+        + ("" if same["bf16_no_further"] else ": hybridlm is FURTHER"),
         rows_table(shown, COLUMNS, "<<<"),
     ]
     if per_token:

@@ -5,17 +5,15 @@ take turns, so that whatever else the machine does hits both alike.
 """
 
 import statistics
-import threading
 import time
 from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from eval.workers import worker
+from eval.workers import peak_memory, resident, worker
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cache import HybridCache
 from hybridlm.output import quiet
@@ -114,26 +112,14 @@ def prepare(folder: str, twin: bool, prompt: int, new: int, batch: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         generate(_model, 0, prompt, new, batch, PREFILL_PIECE)
         return torch.cuda.max_memory_allocated() - before
-    peak, done = memory(device), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, memory(device))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with peak_memory() as peak:
         generate(_model, 0, prompt, new, batch, PREFILL_PIECE)
-    finally:
-        done.set()
-        watcher.join()
-    return peak - before
+    return peak[0] - before
 
 
 def memory(device: torch.device) -> int:
     """Bytes that the process holds on the device now."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if device.type == "cuda" else resident()
 
 
 def request(turn: int, prompt: int, new: int, batch: int) -> dict[str, Any]:

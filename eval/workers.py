@@ -2,10 +2,13 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+
+import psutil
 
 
 @contextmanager
@@ -22,5 +25,33 @@ def worker(module: str) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have died of the error
+                os.kill(pid, signal.SIGKILL)
             raise
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
+@contextmanager
+def peak_memory(interval: float = 0.001) -> Iterator[list[int]]:
+    """A list whose one element is, once it is closed, the most that `resident` gave meanwhile, at every `interval` seconds.
+
+    Watching takes time of its own: what is watched every millisecond is not to be timed.
+    """
+    peak, done = [resident()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(interval):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+        peak[0] = max(peak[0], resident())
