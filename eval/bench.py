@@ -51,7 +51,8 @@ def command(json_path: str | None, only: list[str] | None, repeats: int, long: b
     """Runs, prints the tables, and writes the figures to `json_path`, by default a new file in runs/bench.
 
     Raises:
-        ValueError: no such row; or the same weights do not give the same logits.
+        ValueError: no such row.
+        ArithmeticError: the same weights do not give the same logits.
         KeyboardInterrupt: after what has been measured was written.
     """
     if unknown := set(only or ()) - {task.name for task in TASKS + LONG_TASKS}:
@@ -65,12 +66,12 @@ def command(json_path: str | None, only: list[str] | None, repeats: int, long: b
     try:
         run(content, tasks, repeats)
     finally:
-        if content.get("rows"):
+        if content.get("equality"):
             write_json(content, path)
             if path != "-":
                 print(f"{text(content)}\n\nfigures: {path}")
     if not content["equality"]["same"]:
-        raise ValueError(
+        raise ArithmeticError(
             f"stock transformers and hybridlm differ by {content['equality']['fp32']:.1e} on the same weights, more than "
             f"{content['equality']['fp32_bound']:.0e}: the figures are not of the same model. See `python -m hybridlm verify`."
         )
@@ -116,17 +117,16 @@ def run(
                 contenders.equality, shapes, folders["full"], equality_tokens[0], few.length if few else SHORTEST, threads
             ).result()
         with tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", smoothing=0) as bar:
+
+            def tick(task: Task, name: str) -> None:
+                bar.update(estimate(task, name))
+
             for task in planned:
                 bar.set_description(task.name)
                 with ExitStack() as stack:
                     pools = {name: stack.enter_context(worker(contenders.__name__)) for name in CONTENDERS}
-                    prepare = (shapes, folders, task, threads)
-                    results, faults = take_turns(
-                        pools,
-                        prepare,
-                        turns[task],
-                        lambda name, task=task: bar.update(estimate(task, name)),  # type: ignore[misc]
-                    )
+                    setup = (shapes, folders, threads)
+                    results, faults = take_turns(pools, task, setup, turns[task], partial(tick, task))
                 content["notes"] += [f"{task.name} is without {CONTENDERS[name]}: {fault}" for name, fault in faults.items()]
                 content["rows"] += rows_of(task, results, shapes, ends)
                 content["seconds"] = time.perf_counter() - start
@@ -176,17 +176,16 @@ def plan(tasks: list[Task], seconds: Callable[[Task], float]) -> tuple[list[Task
 
 
 def take_turns(
-    pools: dict[str, Any], prepare: tuple[Shapes, dict[str, str], Task, int], turns: int, tick: Callable[[str], Any]
+    pools: dict[str, Any], task: Task, setup: tuple[Shapes, dict[str, str], int], turns: int, tick: Callable[[str], Any]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """The results of each contender, turn by turn, the first with its memory; and why a contender has none."""
-    task = prepare[2]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in pools}
     faults: dict[str, str] = {}
     for turn, name in product(range(turns), pools):
         if name in faults:
             continue
         try:
-            work = (contenders.call, task, turn) if turn else (contenders.prepare, name, *prepare)
+            work = (contenders.call, task, turn) if turn else (contenders.prepare, name, task, *setup)
             result = pools[name].submit(*work).result()
             if name == "hybridlm" and task.kind in ("prefill", "request"):
                 result["attention"] = pools[name].submit(contenders.attention_seconds, task).result()
@@ -216,7 +215,7 @@ def rows_of(task: Task, turns: dict[str, list[dict[str, Any]]], shapes: Shapes, 
                 "new": 0 if kind == "prefill" else task.whole if kind == "request" else task.new, "contender": contender,
                 "seconds": seconds, "seconds_each": each, "tokens_per_second": None, "share_of_ceiling": None,
                 "peak_memory_bytes": every[0]["peak_memory_bytes"], "cache_bytes": every[0].get("cache_bytes"),
-                "extrapolated": kind == "request" and task.new < task.whole - 1,
+                "extrapolated_tokens": max(0, task.whole - 1 - task.new) if kind == "request" else 0,
             }  # fmt: skip
             if kind == "decode":
                 row["tokens_per_second"] = task.batch / seconds
@@ -260,8 +259,9 @@ def text(content: dict[str, Any]) -> str:
         row
         | {
             "contender": CONTENDERS[row["contender"]],
-            "shape": f"{row['batch']} x {row['length']:,}" + (f" + {row['new']:,}" if row["new"] else ""),
-            "seconds": row["seconds"],
+            "shape": f"{row['batch']} x {row['length']:,}"
+            + (f" + {row['new']:,}" if row["new"] else "")
+            + (f", {row['extrapolated_tokens']:,} extrapolated" if row["extrapolated_tokens"] else ""),
             "ceiling": None if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}",
             "peak": f"{row['peak_memory_bytes'] / 1e6:,.0f}",
         }
@@ -295,8 +295,8 @@ def text(content: dict[str, Any]) -> str:
         headings = {"length": "hybridlm, prompt", "all": "µs a token", "attention": "attention layers", "rest": "all but them"}
         parts.append(rows_table(per_token, headings))
     parts += content["notes"]
-    if any(row["extrapolated"] for row in content["rows"]):
-        parts.append("A request's prompt and first tokens are timed; the rest of its tokens are taken to be as fast as these.")
+    if any(row["extrapolated_tokens"] for row in content["rows"]):
+        parts.append("Extrapolated: tokens of a request that were not decoded, and count as the mean of those that were.")
     if not content["finished"]:
         parts.append("Interrupted: the rows above are those that were measured.")
     return "\n\n".join(parts)

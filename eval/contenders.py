@@ -154,7 +154,7 @@ def allocator(contender: str) -> None:
     """What a contender's process gets before anything else: nothing; all have the default allocator."""
 
 
-def prepare(contender: str, shapes: Shapes, folders: dict[str, str], task: Task, threads: int) -> dict[str, Any]:
+def prepare(contender: str, task: Task, shapes: Shapes, folders: dict[str, str], threads: int) -> dict[str, Any]:
     """Builds the model after a warm-up and runs the task once: its result, and its peak memory over that before the model."""
     global _model, _behind
     allocator(contender)

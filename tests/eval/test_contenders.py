@@ -186,7 +186,7 @@ def test_prepare_counts_the_memory_of_the_model_alone(folder, tmp_path, monkeypa
     monkeypatch.setattr(contenders, "resident", lambda: 2**40 + (contenders._model is not None))
     task = Task("t", "decode", "bf16", 1, 9, new=3)
     try:
-        result = contenders.prepare("hybridlm", big, {"small": str(folder), "full": str(tmp_path)}, task, 2)
+        result = contenders.prepare("hybridlm", task, big, {"small": str(folder), "full": str(tmp_path)}, 2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
