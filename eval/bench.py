@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -97,7 +97,7 @@ def run(
     with worker(contenders.__name__) as pool:
         ends = content["ceiling"] = pool.submit(ceiling.ceiling, threads, **ceiling_sizes or {}).result()
     at_ceiling = {name: partial(seconds_at_ceiling, name, shapes, ends=ends) for name in CONTENDERS}
-    planned, content["notes"] = plan(tasks, lambda task: max(seconds(task) for seconds in at_ceiling.values()))
+    planned, content["notes"] = plan(tasks, at_ceiling)
     few = fit(equality_tokens[1], at_ceiling["hybridlm"])
 
     def estimate(task: Task, name: str) -> float:
@@ -126,8 +126,8 @@ def run(
                 with ExitStack() as stack:
                     pools = {name: stack.enter_context(worker(contenders.__name__)) for name in CONTENDERS}
                     setup = (shapes, folders, threads)
-                    results, faults = take_turns(pools, task, setup, turns[task], partial(tick, task))
-                content["notes"] += [f"{task.name} is without {CONTENDERS[name]}: {fault}" for name, fault in faults.items()]
+                    results, notes = take_turns(pools, task, setup, turns[task], partial(tick, task))
+                content["notes"] += notes
                 content["rows"] += rows_of(task, results, shapes, ends)
                 content["seconds"] = time.perf_counter() - start
     content["finished"] = True
@@ -161,11 +161,12 @@ def fit(task: Task, seconds: Callable[[Task], float]) -> Task | None:
     return task
 
 
-def plan(tasks: list[Task], seconds: Callable[[Task], float]) -> tuple[list[Task], list[str]]:
-    """The tasks that fit their caps, and what was changed to make them."""
+def plan(tasks: list[Task], seconds: Mapping[str, Callable[[Task], float]]) -> tuple[list[Task], list[str]]:
+    """The tasks that fit their caps for every contender, and what was changed to make them."""
     planned, notes = [], []
     for task in tasks:
-        smaller, too_long = fit(task, seconds), f"one call would take more than {task.cap:g} s on this machine."
+        smaller = fit(task, lambda task: max(of(task) for of in seconds.values()))
+        too_long = f"one call would take more than {task.cap:g} s on this machine."
         if smaller is None:
             notes.append(f"{task.name} is left out: {too_long}")
             continue
@@ -177,12 +178,12 @@ def plan(tasks: list[Task], seconds: Callable[[Task], float]) -> tuple[list[Task
 
 def take_turns(
     pools: dict[str, Any], task: Task, setup: tuple[Shapes, dict[str, str], int], turns: int, tick: Callable[[str], Any]
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """The results of each contender, turn by turn, the first with its memory; and why a contender has none."""
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The results of each contender, turn by turn, the first with its memory; and a note on each that has none."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in pools}
-    faults: dict[str, str] = {}
+    notes: list[str] = []
     for turn, name in product(range(turns), pools):
-        if name in faults:
+        if name not in results:
             continue
         try:
             work = (contenders.call, task, turn) if turn else (contenders.prepare, name, task, *setup)
@@ -193,10 +194,10 @@ def take_turns(
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, BrokenProcessPool)) and "allocate" not in str(error):
                 raise
-            faults[name] = f"it needs more memory than there is ({error})"
+            notes.append(f"{task.name} is without {CONTENDERS[name]}: it needs more memory than there is ({error}).")
             del results[name]
         tick(name)
-    return results, faults
+    return results, notes
 
 
 def rows_of(task: Task, turns: dict[str, list[dict[str, Any]]], shapes: Shapes, ends: dict[str, Any]) -> list[dict[str, Any]]:
@@ -207,7 +208,7 @@ def rows_of(task: Task, turns: dict[str, list[dict[str, Any]]], shapes: Shapes, 
         name = task.name if kind == task.kind else f"{kind}-{task.length}"
         group = []
         for contender, every in turns.items():
-            timed = every if len(every) == 1 else every[1:]
+            timed = every[1:] or every
             each = [seconds_of(kind, task, turn) for turn in timed]
             seconds = statistics.median(each)
             row: dict[str, Any] = {

@@ -224,7 +224,7 @@ def decode(model: Any, token: Tensor, behind: Any, new: int) -> list[float]:
     seconds = []
     for _ in range(new):
         start = time.perf_counter()
-        token = model(token, past_key_values=behind, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        token = model(token, past_key_values=behind, use_cache=True).logits.argmax(-1)
         seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -6,7 +6,11 @@ from eval.ceiling import DTYPES, PRODUCTS
 
 
 def test_every_end_is_measured():
-    ends = ceiling.ceiling(1, products=((8, 8, 8), (16, 8, 4)), copied=2**12, read=2**12)
+    try:
+        ends = ceiling.ceiling(2, products=((8, 8, 8), (16, 8, 4)), copied=2**12, read=2**12)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     assert ends["flops_per_second"].keys() == ends["read_bytes_per_second"].keys() == DTYPES.keys()
     assert all(value > 0 for value in (*ends["flops_per_second"].values(), *ends["read_bytes_per_second"].values()))
     assert ends["copy_bytes_per_second"] > 0

@@ -1,4 +1,4 @@
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -144,10 +144,11 @@ def test_the_cache_in_bytes(load, name):
 def test_the_loss_that_is_trained(load, name, monkeypatch):
     """The mean over the targets, of ours from `targets`, of stock from `labels`."""
     model = load(name)
-    given = {}
+    given, narrow = {}, []
     forward = type(model).forward
 
     def keep(self, ids, **kwargs):
+        narrow.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
         output = forward(self, ids, **kwargs)
         given.update(kwargs, ids=ids, loss=output.loss, logits=output.logits)
         return output
@@ -166,6 +167,8 @@ def test_the_loss_that_is_trained(load, name, monkeypatch):
     weight = model.lm_head.weight
     (grad,) = torch.autograd.grad(mean, weight)
     assert torch.allclose(weight.grad, grad)
+    contenders.train(model, ids, "bf16")
+    assert narrow == [False, False, True]
 
 
 def test_prepare_counts_the_memory_of_the_model_alone(folder, tmp_path, monkeypatch):
@@ -198,21 +201,39 @@ def test_prepare_counts_the_memory_of_the_model_alone(folder, tmp_path, monkeypa
     assert result["weights_bytes"] == sum(p.nbytes for p in model.parameters()) - 2**20 * 16 * 2
 
 
-def test_attention_alone(load, monkeypatch):
-    model = load("hybridlm")
-    seen = []
-    monkeypatch.setattr(
-        type(model.backbone.layers[1].mixer),
-        "forward",
-        lambda self, x, context, state: seen.append((x.shape, context.mask, state)),
-    )
+def test_prepare_for_each_kind(folder, monkeypatch):
+    for name in ("_model", "_behind"):
+        monkeypatch.setattr(contenders, name, None)
+    monkeypatch.setattr(contenders, "peak_memory", lambda interval: nullcontext([interval]))
+    monkeypatch.setattr(contenders, "resident", lambda: 0)
+    folders = {"small": str(folder), "full": str(folder)}
+    watched = contenders.prepare("twin", replace(TRAIN, precision="bf16"), SMALL, folders, 1)["peak_memory_bytes"]
+    assert (watched, contenders._model.dtype) == (0.001, torch.float32)  # bf16 by autocast
+    called, call = [], contenders.call
+    monkeypatch.setattr(contenders, "call", lambda task, turn: called.append((task, turn)) or call(task, turn))
+    request = Task("t", "request", "bf16", 2, 9, new=3, whole=5)
+    watched = contenders.prepare("llama", request, SMALL, folders, 1)["peak_memory_bytes"]
+    assert (watched, contenders._model.dtype) == (0.05, torch.bfloat16)  # seldom: it is timed meanwhile
+    assert called == [(replace(request, batch=1, length=8, new=2), 0), (request, 0)]  # the first to warm up
+
+
+def test_attention_alone(load):
+    model, seen = load("hybridlm"), []
+    for layer in model.backbone.layers:
+        layer.mixer.register_forward_pre_hook(
+            lambda mixer, args: seen.append((type(mixer).__name__, args[0].shape, args[1].mask, args[2]))
+        )
     assert contenders.attention_seconds(Task("t", "prefill", "fp32", 1, 9)) > 0
-    assert seen == [((1, 9, 16), None, None)]
+    assert seen == [("Attention", (1, 9, 16), None, None)]
 
 
 def test_equality(folder, monkeypatch):
     of = (SMALL, str(folder), (2, 16), 8, 1)
+    exact, double = [], HybridLMForCausalLM.double
+    monkeypatch.setattr(HybridLMForCausalLM, "double", lambda self: exact.append(self) or double(self))
     found = contenders.equality(*of)
+    assert set(exact[0].ops.backends.values()) == {"naive"}
+    assert exact[0].dtype == torch.float64
     assert found["same"] and 0 <= found["fp32"] < 1e-5
     assert 0 < found["bf16_hybridlm"] < 0.1 and 0 < found["bf16_nemotron_h"] < 0.1
     assert (found["tokens"], found["bf16_tokens"]) == ([2, 16], 8)
@@ -240,7 +261,8 @@ def test_the_same_weights(folder):
     ours, stock = (contenders.build(name, SMALL, folder, torch.float32) for name in ("hybridlm", "nemotron_h"))
     assert type(stock).__module__.startswith("transformers.") and type(ours).__module__.startswith("hybridlm.")
     assert torch.equal(ours.lm_head.weight, stock.lm_head.weight)
-    twin, llama = (contenders.build(name, SMALL, folder, torch.float32) for name in ("twin", "llama"))
+    twin, again, llama = (contenders.build(name, SMALL, folder, torch.float32) for name in ("twin", "twin", "llama"))
+    assert torch.equal(twin.lm_head.weight, again.lm_head.weight)
     assert twin.config.hybrid_override_pattern == "*-"
     assert type(llama) is LlamaForCausalLM
     assert isinstance(SMALL, Shapes)
