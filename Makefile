@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export WANDB_SILENT ?= true
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo bench test check clean
 
 setup: .venv/ready
 
@@ -16,6 +16,9 @@ setup: .venv/ready
 demo: .venv/ready  ## train a small hybrid for about four minutes, then report on it
 	$(BIN)/python -m train --config configs/demo.yaml
 	$(BIN)/python -m eval report --run runs/demo
+
+bench: .venv/ready  ## speed and memory beside stock transformers, in about twelve minutes; LONG=1 adds a prompt of 65,536
+	$(BIN)/python -m eval bench $(if $(LONG),--long)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 tests

@@ -1,1 +1,1 @@
-"""The evaluation application: `python -m eval {perplexity,throughput,report} …`."""
+"""The evaluation application: `python -m eval {perplexity,throughput,report,bench} …`."""

@@ -28,6 +28,12 @@ def report(args: argparse.Namespace) -> None:
     print(report(Path(args.run), args.prompt))
 
 
+def bench(args: argparse.Namespace) -> None:
+    from eval.bench import command
+
+    command(args.json, args.only, args.repeats, args.long)
+
+
 def output(content: object, rows: list[dict], columns: dict[str, str], json_path: str | None) -> None:
     from eval.output import rows_table
     from hybridlm.output import write_json
@@ -107,6 +113,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--run", required=True, metavar="RUN", help="run directory of `python -m train`")
     sub.add_argument("--prompt", type=sizes, default="256,1024,4096", metavar="N,…", help="prompt lengths to time, in tokens")
+
+    sub = command(
+        "bench",
+        bench,
+        "the yardstick: training, prefill and decode of one hybrid on the CPU, beside stock transformers with the same weights, "
+        "two Transformers of its size, and what the machine can do. Shapes are frozen; each contender has a process of its own, "
+        "all take turns; medians.",
+    )
+    sub.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="ROW,…",
+        help="these rows alone: train-fp32, train-bf16, prefill-4096, prefill-16384, decode-fp32, decode-bf16, request-65536",
+    )
+    sub.add_argument("--repeats", type=size, default=3, metavar="N", help="timed turns, after one untimed")
+    sub.add_argument("--long", action="store_true", help="also a prompt of 65,536 and 1,024 tokens after it")
+    sub.add_argument(
+        "--json", type=json_file, metavar="PATH", help="write the figures there; by default a new file in runs/bench"
+    )
     return parser
 
 
@@ -117,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,9 +5,9 @@ from typing import Any
 from hybridlm.output import table
 
 
-def rows_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Rows under the headings `columns` (field: heading); the first column to the left, the others to the right."""
-    return table([list(columns.values()), *([cell(row[field]) for field in columns] for row in rows)], "<")
+def rows_table(rows: list[dict[str, Any]], columns: dict[str, str], align: str = "<") -> str:
+    """Rows under the headings `columns` (field: heading); `align` as in `hybridlm.output.table`."""
+    return table([list(columns.values()), *([cell(row[field]) for field in columns] for row in rows)], align)
 
 
 def cell(value: Any) -> str:

@@ -1,21 +1,17 @@
 """A page on a training run: what it learned, what that is worth beside simple baselines, and how fast the model is."""
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-import transformers
 import yaml
 
 from eval import perplexity, throughput
 from eval.baselines import order3_bits_per_byte, xz_bits_per_byte
+from eval.machine import machine
 from eval.page import page
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
@@ -128,25 +124,6 @@ def no_twin(folder: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
-        "CPU": cpu,
-        "cores": os.cpu_count(),
-        "threads of torch": torch.get_num_threads(),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
-    }
 
 
 def headline(content: dict[str, Any], path: Path) -> str:

@@ -4,19 +4,16 @@ Each model and shape runs in a process of its own, so that its peak memory is it
 take turns, so that whatever else the machine does hits both alike.
 """
 
-import multiprocessing
 import statistics
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
+from eval.workers import peak_memory, resident, worker
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cache import HybridCache
 from hybridlm.output import quiet
@@ -42,17 +39,13 @@ def evaluate(
         ValueError: a folder without a model, or a model too small to have a twin.
     """
     shapes = list(product(prompts, news, batches))
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # a fresh process in milliseconds: torch is imported once, nothing has run
-    context.set_forkserver_preload([__name__])
     rows = []
     runs = len(folders) * len(shapes) * (1 + twin) * (1 + repeats)
     with tqdm(total=runs, desc="timing", unit=" requests") as bar:
         for folder, (prompt, new, batch) in product(folders, shapes):
             contenders = {folder: False} | ({folder + TWIN: True} if twin else {})
             with ExitStack() as stack:
-                pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in contenders}
+                pools = {name: stack.enter_context(worker(__name__)) for name in contenders}
                 peaks: dict[str, int] = {}
                 turns: dict[str, list[dict]] = {name: [] for name in contenders}
                 for name, is_twin in contenders.items():
@@ -119,26 +112,14 @@ def prepare(folder: str, twin: bool, prompt: int, new: int, batch: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         generate(_model, 0, prompt, new, batch, PREFILL_PIECE)
         return torch.cuda.max_memory_allocated() - before
-    peak, done = memory(device), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, memory(device))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with peak_memory() as peak:
         generate(_model, 0, prompt, new, batch, PREFILL_PIECE)
-    finally:
-        done.set()
-        watcher.join()
-    return peak - before
+    return peak[0] - before
 
 
 def memory(device: torch.device) -> int:
     """Bytes that the process holds on the device now."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if device.type == "cuda" else resident()
 
 
 def request(turn: int, prompt: int, new: int, batch: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("perplexity", "throughput", "report")
+COMMANDS = ("perplexity", "throughput", "report", "bench")
 
 
 def test_help(command):
