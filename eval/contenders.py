@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, NemotronHForCausalLM
 from eval.ceiling import DTYPES
 from eval.workers import peak_memory, resident
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.allocator import keep_freed_memory
 from hybridlm.cache import HybridCache
 from hybridlm.cli.verify import relative
 from hybridlm.flops import forward_flops
@@ -151,7 +152,9 @@ _behind: tuple[Tensor, Any] | None = None
 
 
 def allocator(contender: str) -> None:
-    """What a contender's process gets before anything else: nothing; all have the default allocator."""
+    """What a contender's process gets before anything else: ours what `python -m train` gives to its own."""
+    if contender in ("hybridlm", "twin"):
+        keep_freed_memory()
 
 
 def prepare(contender: str, task: Task, shapes: Shapes, folders: dict[str, str], threads: int) -> dict[str, Any]:

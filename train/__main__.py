@@ -6,6 +6,7 @@ import sys
 
 from transformers.utils import logging as transformers_logging
 
+from hybridlm.allocator import keep_freed_memory
 from train.config import dump, parse_command_line
 from train.loop import train
 
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
         if arguments.print_config:
             print(dump(config), end="")
             return 0
+        keep_freed_memory()
         train(config, arguments.resume, arguments.allow_config_change)
     except (ValueError, FloatingPointError, OSError) as error:
         if first:

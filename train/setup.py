@@ -84,7 +84,7 @@ def describe(
     print(f"operators   {', '.join(f'{op} {name}' for op, name in model.ops.backends.items())}")
     print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)
     if config.train.precision == "bf16" and accelerator.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning("this CPU has no bf16 units: train.precision=bf16 will be many times slower than fp32 here.")
+        logger.warning("this CPU has no bf16 units: train.precision=bf16 rounds as bf16 does and is no faster than fp32 here.")
 
 
 def start_wandb(accelerator: Accelerator, config: RunConfig) -> None:

@@ -82,7 +82,7 @@ def cpu() -> str:
 
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     memory = scaled(psutil.virtual_memory().total, BYTES)
-    return f"{torch.get_num_threads()} thread(s), {memory}, {'bf16 units' if native else 'bf16 without units for it: slow'}"
+    return f"{torch.get_num_threads()} thread(s), {memory}, {'bf16 units' if native else 'no bf16 units: no faster in bf16'}"
 
 
 def cuda() -> str:

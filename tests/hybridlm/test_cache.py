@@ -68,3 +68,42 @@ def test_a_cache_is_started_as_the_config_says_and_not_in_training(training, ask
     model = tiny_model(use_cache=configured).train(training)
     output = model(torch.zeros(1, 5, dtype=torch.long), use_cache=asked)
     assert (output.past_key_values is not None) == given
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_keys_are_written_where_there_is_room_and_moved_when_there_is_none(mode, tiny_model, draw_ids):
+    model, ids = tiny_model(hybrid_override_pattern="M*-").double(), draw_ids(2, 200)
+    with mode():
+        whole = model(ids).logits
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        keys, states, logits = set(), set(), []
+        for i in range(5, 200):
+            logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+            keys.add(cache.states[1][0].data_ptr())
+            states.add(cache.states[0][1].data_ptr())
+        torch.testing.assert_close(torch.cat(logits, 1), whole[:, 5:], rtol=1e-9, atol=1e-9)
+    assert 1 < len(keys) < 6 and len(states) == 1
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(tiny_model, draw_ids):
+    model, ids = tiny_model(hybrid_override_pattern="M*-").double(), draw_ids(1, 9)
+    with torch.inference_mode():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:5], past_key_values=cache)
+    with torch.no_grad():
+        parts = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(5, 9)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits[:, 5:], rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_behind_a_cache_with_room_leave_it_as_it_is(tiny_model, draw_ids):
+    model, ids = tiny_model(hybrid_override_pattern="M*-").double(), draw_ids(1, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:6], past_key_values=cache)
+    before = [tuple(t.clone() for t in state or ()) for state in cache.states]
+    held = list(cache.states)
+    logits = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 6:], rtol=1e-9, atol=1e-9)
+    logits.sum().backward()
+    for state, copy in zip(held, before):
+        assert all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(state or (), copy, strict=True))

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.functional import softplus
 
-from hybridlm import HybridLMForCausalLM
+from hybridlm import HybridLMForCausalLM, modeling
 
 VOCABULARY = 61
 WIDE = ("A_log", "D", "dt_bias")
@@ -357,3 +357,33 @@ def test_ids_and_labels_of_32_bits_are_as_good(tiny_model, draw_ids):
     model, ids = tiny_model(), draw_ids(2, 9)
     wide, narrow = (model(x, labels=x) for x in (ids, ids.int()))
     assert torch.equal(wide.logits, narrow.logits) and torch.equal(wide.loss, narrow.loss)
+
+
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "MEM*E"])
+@pytest.mark.parametrize("t", [7, 8, 13])
+@torch.no_grad()
+def test_a_long_input_taken_in_pieces_gives_the_same(t, pattern, tiny_model, draw_ids, monkeypatch):
+    model, ids = tiny_model(hybrid_override_pattern=pattern).double(), draw_ids(2, t)
+    whole = model(ids, use_cache=True)
+    pieces = []
+    monkeypatch.setattr(modeling, "CPU_PIECE", 8)  # of both rows together
+    for layer in model.backbone.layers:
+        if layer.mixer.hands_on:
+            layer.mixer.register_forward_pre_hook(lambda mixer, args: pieces.append(args[0].shape[1]))
+    again = model(ids, use_cache=True)
+    assert set(pieces) == {4, t % 4 or 4}
+    torch.testing.assert_close(again.logits, whole.logits, rtol=1e-9, atol=1e-9)
+    for a, b in zip(again.past_key_values.states, whole.past_key_values.states):
+        for x, y in zip(a or (), b or ()):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_training_packing_and_padding_take_an_input_whole(tiny_model, draw_ids, monkeypatch):
+    monkeypatch.setattr(modeling, "CPU_PIECE", 2)
+    model, ids, seen = tiny_model(), draw_ids(1, 9), []
+    model.backbone.layers[0].mixer.register_forward_pre_hook(lambda mixer, args: seen.append(args[0].shape[1]))
+    model(ids)
+    with torch.no_grad():
+        model(ids, seq_idx=torch.tensor([[0] * 4 + [1] * 5]))
+        model(ids, attention_mask=torch.tensor([[0] + [1] * 8]))
+    assert seen == [9, 9, 9]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hybridlm.ops import blocks
 from hybridlm.ops.conv1d import conv1d
 
 D, K = 5, 4
@@ -31,11 +32,13 @@ def assert_all_close(these, those):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("elements", [1, 2 * D * 6, 2**20])  # blocks of K positions, of 6, all
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("t", [1, 2, K - 1, K, 13])
-def test_eager_equals_naive_in_outputs_and_every_gradient(t, with_bias, with_state, packed):
+def test_eager_equals_naive_in_outputs_and_every_gradient(t, with_bias, with_state, packed, elements, monkeypatch):
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", elements)
     seq_idx = documents(t) if packed else None
     eager, naive = (results(draw(t), with_bias, with_state, seq_idx=seq_idx, backend=b) for b in ("eager", "naive"))
     assert_all_close(eager, naive)
@@ -74,9 +77,17 @@ def test_packed_documents_equal_each_run_alone(lengths):
     assert_all_close((y, final), (torch.cat(alone, 1), last))
 
 
-def test_bf16_stays_bf16():
-    x, weight, bias, state = (m.bfloat16() for m in draw(6))
+@pytest.mark.parametrize("t", [1, 6])
+def test_bf16_stays_bf16(t):
+    x, weight, bias, state = (m.bfloat16() for m in draw(t))
     assert {m.dtype for m in conv1d(x, weight, bias, initial_state=state)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 9])
+def test_the_state_holds_no_more_than_itself(t):
+    x, weight, bias, state = draw(t)
+    _, final = conv1d(x, weight, bias, initial_state=state)
+    assert final.untyped_storage().nbytes() == final.nbytes
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from hybridlm.ops import blocks
 from hybridlm.ops.gated_norm import gated_norm
 
 
@@ -17,10 +18,13 @@ def results(inputs, **kwargs):
     return y, *torch.autograd.grad((y * weigh).sum(), [x, z, weight])
 
 
+@pytest.mark.parametrize("elements", [1, 70, 2**20])
 @pytest.mark.parametrize("groups", [1, 3, 5, 15])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
-def test_eager_equals_naive_in_outputs_and_every_gradient(groups, eps):
-    eager, naive = (results(draw(), groups=groups, eps=eps, backend=backend) for backend in ("eager", "naive"))
+@pytest.mark.parametrize("t", [1, 7])
+def test_eager_equals_naive_in_outputs_and_every_gradient(t, groups, eps, elements, monkeypatch):
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", elements)
+    eager, naive = (results(draw(t=t), groups=groups, eps=eps, backend=backend) for backend in ("eager", "naive"))
     for a, b in zip(eager, naive, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -34,9 +38,10 @@ def test_each_group_is_normalised_by_itself_after_the_gate(backend):
     torch.testing.assert_close(y[..., 5:10], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("t", [1, 7])
 @pytest.mark.parametrize("backend", ["eager", "naive"])
-def test_bf16_is_computed_in_fp32(backend):
-    x, z, weight = (m.bfloat16() for m in draw())
+def test_bf16_is_computed_in_fp32(backend, t):
+    x, z, weight = (m.bfloat16() for m in draw(t=t))
     y = gated_norm(x, z, weight, groups=3, backend=backend)
     true = gated_norm(x.double(), z.double(), weight.double(), groups=3)
     assert y.dtype == torch.bfloat16

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
+from hybridlm.ops.ssd import eager as eager_ssd
 from hybridlm.ops.ssd import ssd, ssd_step
 
 Q = 4
@@ -41,14 +42,54 @@ def assert_all_close(these, those, tolerance=1e-9):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 100])  # chunks in a block
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("t", [1, Q - 1, Q, Q + 1, 3 * Q + 5])
-def test_eager_equals_naive_in_outputs_and_every_gradient(t, with_state, packed):
+def test_eager_equals_naive_in_outputs_and_every_gradient(t, with_state, packed, at_once, monkeypatch):
+    monkeypatch.setattr(eager_ssd, "CPU_BLOCK", at_once * 2 * HEADS * Q * Q)
     inputs = draw(t)
     seq_idx = documents(t) if packed else None
     eager, naive = (results(inputs, with_state, seq_idx=seq_idx, chunk_size=Q, backend=b) for b in ("eager", "naive"))
     assert_all_close(eager, naive)
+
+
+def test_a_cpu_takes_short_chunks_a_few_at_a_time_and_other_devices_all_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(eager_ssd, "blocks", lambda t, q, at_once: asked.append((q, at_once)) or [(slice(0, t), t)])
+    monkeypatch.setattr(eager_ssd, "CPU_CHUNK", 8)
+    monkeypatch.setattr(eager_ssd, "CPU_BLOCK", 3 * 2 * HEADS * 8 * 8)
+    *core, _, _ = draw(40, dtype=torch.float32)
+    ssd(*core, chunk_size=16)
+    ssd(*(m.to("meta") for m in core), chunk_size=16)
+    assert asked == [(8, 24), (16, 40 * 16)]
+
+
+@pytest.mark.parametrize("of_y", [True, False])
+def test_backward_needs_only_one_of_the_results(of_y):
+    gradients = []
+    for backend in ("eager", "naive"):
+        *core, D, state = (m.requires_grad_() for m in draw(2 * Q + 3))
+        y, final = ssd(*core, D=D, initial_state=state, chunk_size=Q, backend=backend)
+        loss = y.square().sum() if of_y else final.square().sum()
+        gradients.append(torch.autograd.grad(loss, [*core, D, state], allow_unused=True, materialize_grads=True))
+    assert_all_close(*gradients)
+
+
+def test_without_D_the_gradients_are_those_of_naive():
+    gradients = []
+    for backend in ("eager", "naive"):
+        *core, _, _ = (m.requires_grad_() for m in draw(Q + 2))
+        gradients.append(torch.autograd.grad(ssd(*core, chunk_size=Q, backend=backend)[0].square().sum(), core))
+    assert_all_close(*gradients)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_step_writes_the_state_over_only_when_told(overwrite):
+    x, dt, A, B, C, D, state = draw(1)
+    before = state.clone()
+    _, after = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, D=D, overwrite=overwrite)
+    assert (after.data_ptr() == state.data_ptr()) == overwrite and torch.equal(state, before) != overwrite
 
 
 @settings(deadline=None, max_examples=30)
