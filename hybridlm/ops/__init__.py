@@ -1,4 +1,5 @@
-"""The operators, each a folder: the contract in `__init__.py`, the specification in `naive.py`, the fast path in `eager.py`."""
+"""The operators, each a folder: the contract in `__init__.py`, the specification in `naive.py`, the fast path
+in `eager.py`, and where a GPU package has a kernel of it, `fused.py`."""
 
 import logging
 from collections.abc import Callable
@@ -20,14 +21,14 @@ class Ops:
     conv1d: Callable
     gated_norm: Callable
     cross_entropy: Callable
-    backends: dict[str, str]  # which implementation each of them runs
+    backends: dict[str, str]  # which implementation each of them runs; under `auto`, `fused` on what is on a CUDA device
 
 
 def build_ops(backend: str = "auto") -> Ops:
     """Resolves `backend` once for every operator and logs what was chosen.
 
     Raises:
-        ValueError: a backend that is unknown or that an operator does not have.
+        ValueError: a backend that is unknown, or `fused` where it cannot run: the error names what is missing.
     """
     table: dict[str, tuple[Callable, dict[str, Callable]]] = {
         "ssd": (ssd.ssd, ssd.IMPLEMENTATIONS),
@@ -38,4 +39,4 @@ def build_ops(backend: str = "auto") -> Ops:
     }
     chosen = {op: resolve(op, implementations, backend) for op, (_, implementations) in table.items()}
     logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))
-    return Ops(**{op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()}, backends=chosen)
+    return Ops(**{op: partial(function, backend=backend) for op, (function, _) in table.items()}, backends=chosen)
