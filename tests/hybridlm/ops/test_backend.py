@@ -206,10 +206,10 @@ def refused_ssd(b=2, t=100, h=8, p=64, g=2, n=128, dtype=torch.bfloat16, dt=torc
         ({"t": 2**21, "n": 1}, None),
         ({"t": 2**21 + 1, "n": 1}, "of shape (2, 2097153, 8, 64)"),  # x
         ({"t": 2**20, "h": 1, "n": 1032, "g": 1, "p": 1}, "2^31"),  # B and C
-        ({"t": 2**20, "h": 4, "n": 256, "g": 1}, None),
-        ({"t": 2**20, "h": 4, "n": 256, "g": 1, "chunk_size": 64}, "2^31"),  # the states
-        ({"t": 2**20, "g": 4, "p": 1, "n": 1}, None),
-        ({"t": 2**20, "g": 4, "p": 1, "n": 1, "chunk_size": 256}, "2^31"),  # the scores
+        ({"t": 2**20 + 1, "h": 4, "n": 256, "g": 1}, None),
+        ({"t": 2**20 + 1, "h": 4, "n": 256, "g": 1, "chunk_size": 64}, "2^31"),  # the states
+        ({"t": 2**20 + 1, "g": 4, "p": 1, "n": 1}, None),
+        ({"t": 2**20 + 1, "g": 4, "p": 1, "n": 1, "chunk_size": 256}, "2^31"),  # the scores
     ],
 )
 def test_what_the_ssd_kernel_takes(call, fault):
