@@ -9,6 +9,7 @@ from hybridlm.ops.ssd import eager
 
 
 def load():
+    import mamba_ssm  # noqa: F401  else what of it did import before its own import failed would pass for a package that works
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

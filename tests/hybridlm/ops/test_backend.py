@@ -114,6 +114,13 @@ def test_fused_where_it_cannot_run_is_an_error_that_names_what_is_missing(lacks,
     assert set(build_ops("auto").backends.values()) == {"eager"}
 
 
+def test_parts_of_a_package_that_does_not_import_do_not_pass_for_it(machine, monkeypatch):
+    machine(mamba_ssm=None)
+    for name, function in (("ssd_combined", "mamba_chunk_scan_combined"), ("selective_state_update", "selective_state_update")):
+        monkeypatch.setitem(sys.modules, f"mamba_ssm.ops.triton.{name}", SimpleNamespace(**{function: None}))
+    assert lacking() == {"mamba-ssm": ""}
+
+
 def test_auto_tells_of_a_broken_package_once_and_not_of_a_missing_one(machine, caplog):
     machine(mamba_ssm=ImportError("undefined symbol: _ZN"), causal_conv1d=None)
     for _ in range(2):
