@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("perplexity", "throughput", "report")
+COMMANDS = ("perplexity", "throughput", "report", "gpu-check")
 
 
 def test_help(command):
