@@ -50,6 +50,8 @@ def doctor(args: argparse.Namespace) -> int:
 
     text, usable, can_fuse = examine()
     print(text)
+    if args.fused and not can_fuse:
+        print("error: ops.backend=fused cannot run here; the line `fused` above says why.", file=sys.stderr)
     return 0 if usable and (can_fuse or not args.fused) else 1
 
 

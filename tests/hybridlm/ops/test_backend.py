@@ -224,6 +224,14 @@ def test_what_the_ssd_kernel_takes(call, fault):
     assert told is None if fault is None else fault in told
 
 
+def test_offsets_reach_2_to_the_31_elements():
+    assert kernels.refusal(meta(2**31)) is None
+    assert kernels.refusal(meta(2**31), largest_inside=2**31) is None
+    assert "(2147483649,)" in kernels.refusal(meta(2**31 + 1))
+    assert "(2, 3)" in kernels.refusal(meta(2, 3), largest_inside=2**31 + 1)
+    assert kernels.refusal(meta(2**31).expand(2**9, -1)) is None
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "fault"),
     [

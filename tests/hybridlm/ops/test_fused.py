@@ -299,6 +299,18 @@ def test_a_step_under_autograd_has_its_gradients(machine):
     assert_near(outputs_and_gradients(fused, inputs), true, machine.tolerance)
 
 
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_step_without_autograd_is_the_kernels(recording, stand_ins, monkeypatch):
+    """Where nothing is recorded, and where nothing has a gradient to be recorded."""
+    monkeypatch.setattr("hybridlm.ops.ssd.eager.ssd_step", None)
+    monkeypatch.setattr(sys.modules["causal_conv1d"], "causal_conv1d_fn", None)
+    of_ssd = [m.requires_grad_(not recording) for m in one(draw(STAND_INS, 1))]
+    of_conv1d = [m.requires_grad_(not recording) for m in draw_conv(STAND_INS, 1, 4)]
+    with torch.set_grad_enabled(recording):
+        step(ssd_fused.ssd_step)(*of_ssd)
+        conv1d_fused.conv1d(*of_conv1d[:3], initial_state=of_conv1d[3])
+
+
 def draw_conv(machine, t, k, b=2, d=16):
     torch.manual_seed(0)
     x, weight, bias, state = torch.randn(b, t, d), torch.randn(d, k), torch.randn(d), torch.randn(b, k - 1, d)
@@ -396,7 +408,7 @@ def build(machine, tiny_config, monkeypatch):
     def model(backend, device, dtype):
         torch.manual_seed(0)
         made = HybridLMForCausalLM(tiny_config(**shape), backend=backend)
-        return made.to(dtype=torch.float64).to(device, dtype)
+        return made.to(dtype=machine.narrow).to(device, dtype)  # the same weights, rounded, for both
 
     return model
 
