@@ -26,7 +26,6 @@ def refusal(x, weight) -> str | None:
 def conv1d(x, weight, bias, *, initial_state=None, seq_idx=None) -> tuple[Tensor, Tensor]:
     convolve, update = load()
     t, before = x.shape[1], weight.shape[1] - 1
-    bias = None if bias is None else bias.to(weight.dtype)
     if t == 1 and initial_state is not None and not kernels.records_gradient(x, weight, bias, initial_state):
         state = initial_state.to(x.dtype, copy=True)  # the kernel writes the next one in its place
         return update(x[:, 0], state.mT, weight, bias, activation="silu")[:, None], state

@@ -383,6 +383,14 @@ def test_conv1d_takes_the_gradient_in_any_layout(layout, machine):
     assert_near(gradient(conv1d_fused.conv1d, x, weight, bias), true, machine.tolerance)
 
 
+@pytest.mark.parametrize("t", [1, 3])
+def test_a_state_from_a_wider_pass_is_taken_in_the_dtype_of_x(t, stand_ins):
+    x, weight, bias, state = draw_conv(STAND_INS, t, 4)
+    y, after = conv1d_fused.conv1d(x.float(), weight.float(), bias.float(), initial_state=state)
+    assert y.dtype == after.dtype == torch.float32
+    assert_near((y, after), conv1d_naive.conv1d(x, weight, bias, initial_state=state), 1e-6)
+
+
 def test_a_layout_that_the_kernel_reads_is_not_copied():
     x = torch.randn(2, 5, 32)[..., 8:24]
     assert conv1d_fused.aligned(x) is x
