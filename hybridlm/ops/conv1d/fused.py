@@ -44,7 +44,7 @@ def conv1d(x, weight, bias, *, initial_state=None, seq_idx=None) -> tuple[Tensor
     if document is not None:
         document = pad(document[:, -before:], (short, 0))
         state = state.masked_fill((document != document[:, -1:])[..., None], 0)
-    return y[:, -t:], state
+    return y[:, x.shape[1] - t :], state
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -154,9 +154,10 @@ def test_the_operators_are_called_with_the_backend(name, machine):
         assert getattr(ops, op).keywords == {"backend": name}
 
 
-def test_a_call_runs_where_its_tensors_are(machine):
+def test_a_call_runs_where_its_tensors_are(machine, caplog):
     machine()
     assert pick("ssd", IMPLEMENTATIONS, "auto", on("cpu"), lambda: None) is IMPLEMENTATIONS["eager"]
+    assert not caplog.records
     assert pick("ssd", IMPLEMENTATIONS, "auto", on("cuda"), lambda: None) is IMPLEMENTATIONS["fused"]
     assert pick("ssd", IMPLEMENTATIONS, "fused", on("cuda"), lambda: None) is IMPLEMENTATIONS["fused"]
     assert pick("ssd", IMPLEMENTATIONS, "naive", on("cuda"), lambda: None) is IMPLEMENTATIONS["naive"]
