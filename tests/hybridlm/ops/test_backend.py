@@ -192,6 +192,42 @@ def test_the_operators_ask_before_they_call_a_kernel(machine):
     cross_entropy.cross_entropy(x[0], x[0, 0], torch.zeros(4, 2, dtype=torch.long), backend="fused")
 
 
+@pytest.mark.parametrize(
+    ("call", "name", "fault"),
+    [
+        (lambda name: ssd.ssd(*small_ssd(), backend=name), "auto", "TF32"),
+        (lambda name: ssd.ssd(*small_ssd(), backend=name), "fused", None),
+        (lambda name: ssd.ssd(*small_ssd(torch.float64), backend=name), "fused", "got torch.float64"),
+        (lambda name: ssd.ssd_step(*small_step(), backend=name), "auto", None),
+        (lambda name: ssd.ssd_step(*small_step(state=torch.float64), backend=name), "fused", "got torch.float64"),
+        (lambda name: ssd.ssd_step(*small_step(dt=torch.float64), backend=name), "fused", "got torch.float64"),
+        (lambda name: conv1d.conv1d(torch.zeros(1, 4, 8), torch.zeros(8, 4), backend=name), "auto", None),
+        (lambda name: conv1d.conv1d(torch.zeros(1, 4, 8), torch.zeros(8, 5), backend=name), "auto", "got 5"),
+    ],
+)
+def test_each_operator_knows_what_its_kernel_cannot_take(call, name, fault, monkeypatch):
+    told = []
+
+    def spy(op, implementations, backend, x, refusal):
+        told.append(refusal())
+        return implementations["naive"]
+
+    for op in (ssd, conv1d):
+        monkeypatch.setattr(op, "pick", spy)
+    call(name)
+    assert told == [None] if fault is None else fault in told[0]
+
+
+def small_ssd(dtype=torch.float32):
+    x, dt, B = (torch.zeros(shape, dtype=dtype) for shape in ((1, 4, 2, 3), (1, 4, 2), (1, 4, 1, 5)))
+    return x, dt, dt[0, 0], B, B
+
+
+def small_step(dt=torch.float32, state=torch.float32):
+    x, _, A, B, C = small_ssd()
+    return x[:, 0], torch.zeros(1, 2, dtype=dt), A, B[:, 0], C[:, 0], torch.zeros(1, 2, 3, 5, dtype=state)
+
+
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
