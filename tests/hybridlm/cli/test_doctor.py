@@ -108,7 +108,9 @@ def test_whether_fused_runs_is_told_and_can_be_asked(faults, capsys, monkeypatch
     monkeypatch.setattr("hybridlm.ops.backend.lacking", lambda: faults)
     for arguments, status in ((["doctor"], 0), (["doctor", "--fused"], 1 if faults else 0)):
         assert main(arguments) == status
-        shown = line(capsys.readouterr().out, "fused")
+        out, err = capsys.readouterr()
+        assert ("error: ops.backend=fused cannot run here" in err) == (status == 1)
+        shown = line(out, "fused")
         assert shown.split() == ["fused", "yes"] if not faults else "missing here: mamba-ssm, a CUDA device." in shown
 
 

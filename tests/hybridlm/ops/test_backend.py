@@ -210,7 +210,7 @@ def test_each_operator_knows_what_its_kernel_cannot_take(call, name, fault, monk
 
     def spy(op, implementations, backend, x, refusal):
         told.append(refusal())
-        return implementations["naive"]
+        return lambda *args, **kwargs: None
 
     for op in (ssd, conv1d):
         monkeypatch.setattr(op, "pick", spy)
