@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export WANDB_SILENT ?= true
 
-.PHONY: setup demo bench test check clean
+.PHONY: setup demo bench test check gpu-check clean
 
 setup: .venv/ready
 
@@ -27,6 +27,11 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: .venv/ready  ## on a CUDA machine with the packages of [cuda]: the fused operators against the specification, and their speed
+	$(BIN)/python -m hybridlm doctor --fused
+	$(BIN)/python -m pytest -m gpu tests/hybridlm/ops/test_fused.py
+	$(BIN)/python -m eval gpu-check --json gpu-check.json
 
 clean:
 	rm -rf .venv build dist *.egg-info

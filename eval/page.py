@@ -6,7 +6,7 @@ from typing import Any
 
 from eval import charts
 from eval.output import cell
-from eval.throughput import PREFILL_PIECE, TWIN
+from eval.throughput import TWIN
 
 SAMPLES = 6  # steps whose samples are shown
 THROUGHPUT = {
@@ -146,12 +146,10 @@ def speed_note(report: dict[str, Any]) -> str:
     rows = report["throughput"]
     text = (
         f"One request at a time on random tokens, {rows[0]['new']} tokens written, {rows[0]['dtype']} on the "
-        f"{rows[0]['device'].upper()}; medians. Memory is over what the process had before the model, with the prompt read in "
-        f"pieces of {PREFILL_PIECE:,} tokens."
+        f"{rows[0]['device'].upper()}; medians. Memory is over what the process had before the model."
     )
     if report["twin_fault"] is None:
-        text += " The Transformer twin has the same width, depth and number of parameters, and random weights; "
-        return text + "when timed, it reads the prompt in one call, its faster way."
+        return text + " The Transformer twin has the same width, depth and number of parameters, and random weights."
     return f"{text} No Transformer twin beside it: {report['twin_fault']}"
 
 

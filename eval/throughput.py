@@ -19,10 +19,6 @@ from hybridlm.cache import HybridCache
 from hybridlm.output import quiet
 from hybridlm.twin import transformer_twin
 
-# Positions of the prompt in one call: bounds the memory that activations need, as serving engines do. Attention behind a cache
-# takes a mask and is then slower than plain causal attention, so where every mixer is attention the timed requests read the
-# prompt in one call: the twin's speed and its memory are each of the way that is better for it.
-PREFILL_PIECE = 1024
 TWIN = " (Transformer twin)"
 COLUMNS = {
     "model": "model", "prompt": "prompt", "new": "new", "batch": "batch", "prefill": "prefill tok/s", "decode": "decode tok/s",
@@ -97,7 +93,7 @@ def prepare(folder: str, twin: bool, prompt: int, new: int, batch: int) -> int:
     )  # fmt: skip
     with device:
         warm_up = HybridLMForCausalLM(small).eval()
-    generate(warm_up, 0, 4, 2, 1, PREFILL_PIECE)
+    generate(warm_up, 0, 4, 2, 1)
     before = memory(device)
     if twin:
         try:
@@ -110,10 +106,10 @@ def prepare(folder: str, twin: bool, prompt: int, new: int, batch: int) -> int:
         _model = HybridLMForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        generate(_model, 0, prompt, new, batch, PREFILL_PIECE)
+        generate(_model, 0, prompt, new, batch)
         return torch.cuda.max_memory_allocated() - before
     with peak_memory() as peak:
-        generate(_model, 0, prompt, new, batch, PREFILL_PIECE)
+        generate(_model, 0, prompt, new, batch)
     return peak[0] - before
 
 
@@ -124,12 +120,11 @@ def memory(device: torch.device) -> int:
 
 def request(turn: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
     assert _model is not None
-    attention_only = "M" not in _model.config.hybrid_override_pattern
-    return generate(_model, turn, prompt, new, batch, prompt if attention_only else PREFILL_PIECE)
+    return generate(_model, turn, prompt, new, batch)
 
 
 @torch.inference_mode()
-def generate(model: HybridLMForCausalLM, turn: int, prompt: int, new: int, batch: int, piece: int) -> dict[str, Any]:
+def generate(model: HybridLMForCausalLM, turn: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
     """One request, greedy, on random tokens that differ from turn to turn. Seconds until the `first` token and in `total`."""
     rng = torch.Generator().manual_seed(turn)
     ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=rng).to(model.device)
@@ -141,8 +136,7 @@ def generate(model: HybridLMForCausalLM, turn: int, prompt: int, new: int, batch
 
     wait()
     start = time.perf_counter()
-    for tokens in ids.split(piece, dim=1):
-        token = next_token(tokens)
+    token = next_token(ids)
     wait()
     first = time.perf_counter() - start
     for _ in range(new - 1):

@@ -48,9 +48,11 @@ def verify(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from hybridlm.cli.doctor import examine
 
-    text, usable = examine()
+    text, usable, can_fuse = examine()
     print(text)
-    return 0 if usable else 1
+    if args.fused and not can_fuse:
+        print("error: ops.backend=fused cannot run here; the line `fused` above says why.", file=sys.stderr)
+    return 0 if usable and (can_fuse or not args.fused) else 1
 
 
 def size(text: str) -> int:
@@ -140,7 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--tolerance", type=positive, default=1e-4, metavar="X", help="greatest difference that passes")
     sub.add_argument("--json", type=json_file, metavar="PATH", help=json_help)
 
-    command("doctor", doctor, "what this machine has, what is missing, and the command that installs it.")
+    sub = command("doctor", doctor, "what this machine has, what is missing, and the command that installs it.")
+    sub.add_argument("--fused", action="store_true", help="exit 1 where ops.backend=fused cannot run")
     return parser
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hybridlm.cli.verify  # noqa: F401  imports stock transformers' model without GPU kernels, which it would call on the CPU too
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 
 torch.set_num_threads(1)

@@ -22,7 +22,8 @@ PACKAGES = {  # module: (package, what it is for, what installs it)
     "lm_eval": ("lm-eval", "standard benchmarks", "pip install 'lm-eval>=0.4.9'"),
 }
 NEEDED = ("torch", "transformers")
-FOR_FUSED = ("causal_conv1d", "mamba_ssm", "triton")
+# mamba-ssm imports its CUDA part at once. A build without it (MAMBA_SKIP_CUDA_BUILD) has all that Mamba-2 needs but that module.
+WITHOUT_CUDA_PART = """touch "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/selective_scan_cuda.py\""""
 
 
 def state_of(module: str) -> tuple[str, str]:
@@ -55,25 +56,27 @@ def asked(question: Callable[[], str]) -> str:
         return said(error)
 
 
-def examine() -> tuple[str, bool]:
-    """The page, and whether torch and transformers can be used."""
+def examine() -> tuple[str, bool, bool]:
+    """The page; whether torch and transformers can be used; whether `ops.backend: fused` can."""
     states = {module: state_of(module) for module in PACKAGES}
     rows = [("package", "version", "for", "what to do")]
     for module, (package, purpose, install) in PACKAGES.items():
         state, detail = states[module]
         shown = detail if state == "works" else state
-        do = {"works": "", "missing": install, "broken": f"{detail}; again: {install}"}[state]
+        again = WITHOUT_CUDA_PART if "selective_scan_cuda" in detail else install
+        do = {"works": "", "missing": install, "broken": f"{detail}; again: {again}"}[state]
         rows.append((package, shown, purpose, do))
     usable = all(states[module][0] == "works" for module in NEEDED)
+    can_fuse = "no"
     machine = [("python", platform.python_version())]
     if states["torch"][0] == "works":
         machine += [(name, asked(question)) for name, question in (("cpu", cpu), ("cuda", cuda))]
     if usable:
-        lacking = [PACKAGES[module][0] for module in FOR_FUSED if states[module][0] != "works"]
-        machine += [("operators", asked(operators)), ("fused", asked(lambda: fused(lacking)))]
+        can_fuse = asked(fused)
+        machine += [("operators", asked(operators)), ("fused", can_fuse)]
     else:
         machine.append(("operators", "none: torch and transformers must work first"))
-    return f"{table(machine, '<<')}\n\n{table(rows, '<<<<')}", usable
+    return f"{table(machine, '<<')}\n\n{table(rows, '<<<<')}", usable, can_fuse == "yes"
 
 
 def cpu() -> str:
@@ -101,16 +104,12 @@ def operators() -> str:
     return ", ".join(f"{op} {backend}" for op, backend in build_ops("auto").backends.items())
 
 
-def fused(lacking: list[str]) -> str:
-    """Whether `ops.backend: fused` runs here, and if not, what for."""
-    import torch
-
+def fused() -> str:
+    """Whether `ops.backend: fused` runs here: "yes", or "no" and what it lacks."""
     from hybridlm.ops import build_ops
 
-    lacking = ([] if torch.cuda.is_available() else ["a CUDA device"]) + lacking
-    needs = f" Missing for it here: {', '.join(lacking)}." if lacking else ""
     try:
         build_ops("fused")
-    except Exception as error:
-        return f"no. {error}{needs}"
-    return f"yes.{needs}"
+    except ValueError as error:
+        return f"no. {error}"
+    return "yes"

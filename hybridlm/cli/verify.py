@@ -4,16 +4,39 @@ import gc
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.nemotron_h import NemotronHForCausalLM
 
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.modeling import HybridLMForCausalLM
 from hybridlm.output import quiet, table
+
+KERNELS = ("mamba_ssm", "causal_conv1d")
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, the GPU packages cannot be imported.
+
+    transformers takes their kernels for good when a model's file is imported, and then calls them on a CPU too, where they fail.
+    """
+    before = {name: sys.modules[name] for name in KERNELS if name in sys.modules}
+    sys.modules.update(dict.fromkeys(KERNELS))  # type: ignore[arg-type]  # None there means: not to be found
+    try:
+        yield
+    finally:
+        for name in KERNELS:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+with without_kernels():
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 
 FEWEST_TOKENS = 32
 STEPS = 16  # tokens decoded one by one, and generated

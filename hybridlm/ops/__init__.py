@@ -1,4 +1,5 @@
-"""The operators, each a folder: the contract in `__init__.py`, the specification in `naive.py`, the fast path in `eager.py`."""
+"""The operators, each a folder: the contract in `__init__.py`, the specification in `naive.py`, the fast path
+in `eager.py`, and where a GPU package has a kernel of it, `fused.py`."""
 
 import logging
 from collections.abc import Callable
@@ -24,14 +25,14 @@ class Ops:
     gated_norm: Callable
     rms_norm: Callable
     cross_entropy: Callable
-    backends: dict[str, str]  # which implementation each of them runs
+    backends: dict[str, str]  # which implementation each of them runs; under `auto`, `fused` on what is on a CUDA device
 
 
 def build_ops(backend: str = "auto") -> Ops:
     """Resolves `backend` once for every operator and logs what was chosen.
 
     Raises:
-        ValueError: a backend that is unknown or that an operator does not have.
+        ValueError: a backend that is unknown, or `fused` where it cannot run: the error names what is missing.
     """
     table: dict[str, tuple[Callable, dict[str, Callable]]] = {
         "ssd": (ssd.ssd, ssd.IMPLEMENTATIONS),
@@ -43,7 +44,8 @@ def build_ops(backend: str = "auto") -> Ops:
     }
     chosen = {op: resolve(op, implementations, backend) for op, (_, implementations) in table.items()}
     logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))
-    handed: dict[str, Callable] = {op: partial(function, backend=chosen[op]) for op, (function, _) in table.items()}
+    handed: dict[str, Callable] = {op: partial(function, backend=backend) for op, (function, _) in table.items()}
     for op in EVERY_TOKEN:
-        handed[op] = table[op][1][chosen[op]]
+        if chosen[op] != "fused":  # which has to look at each call
+            handed[op] = table[op][1][chosen[op]]
     return Ops(**handed, backends=chosen)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("perplexity", "throughput", "report", "bench")
+COMMANDS = ("perplexity", "throughput", "report", "bench", "gpu-check")
 
 
 def test_help(command):

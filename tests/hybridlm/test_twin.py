@@ -23,6 +23,7 @@ LAYERS = {  # Mamba-2, FFN, attention
     "nemotron-h-56b": (54, 54, 10),
     "nemotron-t-8b": (0, 32, 32),
     "bench-28m": (6, 6, 1),
+    "bench-1b": (13, 13, 2),
 }
 
 
@@ -93,7 +94,7 @@ def test_nemotron_3_nano_is_a_30b_a3b():
     assert tuple(map(shape("nemotron-3-nano-30b").hybrid_override_pattern.count, "ME*")) == (23, 23, 6)
 
 
-@pytest.mark.parametrize("name", ["nemotron-h-4b", "nemotron-h-8b", "nemotron-h-47b", "nemotron-h-56b", "bench-28m"])
+@pytest.mark.parametrize("name", ["nemotron-h-4b", "nemotron-h-8b", "nemotron-h-47b", "nemotron-h-56b", "bench-28m", "bench-1b"])
 def test_the_twin_is_a_transformer_of_equal_size_width_and_depth(name):
     config = shape(name)
     twin = transformer_twin(config)

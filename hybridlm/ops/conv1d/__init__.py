@@ -1,12 +1,14 @@
 """The short causal depthwise convolution with SiLU that Mamba puts before its state space (arXiv 2312.00752, section 3.4)."""
 
+from functools import partial
+
 from torch import Tensor
 
-from hybridlm.ops.backend import resolve
+from hybridlm.ops.backend import pick
 from hybridlm.ops.checks import check_seq_idx, check_shape, check_shapes
-from hybridlm.ops.conv1d import eager, naive
+from hybridlm.ops.conv1d import eager, fused, naive
 
-IMPLEMENTATIONS = {"eager": eager.conv1d, "naive": naive.conv1d}
+IMPLEMENTATIONS = {"eager": eager.conv1d, "fused": fused.conv1d, "naive": naive.conv1d}
 
 
 def conv1d(
@@ -40,5 +42,5 @@ def conv1d(
         check_shape("initial_state", initial_state, "b k-1 d", sizes | {"k-1": sizes["k"] - 1})
     if seq_idx is not None:
         check_seq_idx(seq_idx, sizes["b"], sizes["t"])
-    run = IMPLEMENTATIONS[resolve("conv1d", IMPLEMENTATIONS, backend)]
+    run = pick("conv1d", IMPLEMENTATIONS, backend, x, partial(fused.refusal, x, weight))
     return run(x, weight, bias, initial_state=initial_state, seq_idx=seq_idx)

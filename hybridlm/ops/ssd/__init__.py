@@ -3,15 +3,18 @@
 Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), equations 1 and 2, discretised as in section 3.
 """
 
+from functools import partial
+
 from torch import Tensor
 
-from hybridlm.ops.backend import resolve
+from hybridlm.ops import kernels
+from hybridlm.ops.backend import pick
 from hybridlm.ops.checks import check_seq_idx, check_shape, check_shapes
 from hybridlm.ops.precision import without_autocast
-from hybridlm.ops.ssd import eager, naive
+from hybridlm.ops.ssd import eager, fused, naive
 
-IMPLEMENTATIONS = {"eager": eager.ssd, "naive": naive.ssd}
-STEP_IMPLEMENTATIONS = {"eager": eager.ssd_step, "naive": naive.ssd_step}
+IMPLEMENTATIONS = {"eager": eager.ssd, "fused": fused.ssd, "naive": naive.ssd}
+STEP_IMPLEMENTATIONS = {"eager": eager.ssd_step, "fused": fused.ssd_step, "naive": naive.ssd_step}
 
 
 def ssd(
@@ -46,7 +49,7 @@ def ssd(
         y (b t h p) in the dtype of x, and the final state (b h p n) of the row's last document in the dtype of dt.
 
     Raises:
-        ValueError: a shape or dtype that breaks the above, or an empty sequence.
+        ValueError: a shape or dtype that breaks the above, an empty sequence, or a backend that cannot run this call.
     """
     sizes = check_shapes(("x", x, "b t h p"), ("dt", dt, "b t h"), ("A", A, "h"), ("B", B, "b t g n"), ("C", C, "b t g n"))
     _check_ssd(dt, D, initial_state, sizes)
@@ -54,7 +57,8 @@ def ssd(
         check_seq_idx(seq_idx, sizes["b"], sizes["t"])
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1; got {chunk_size}.")
-    run = IMPLEMENTATIONS[resolve("ssd", IMPLEMENTATIONS, backend)]
+    refusal = partial(fused.refusal, x, dt, B, C, chunk_size=chunk_size, backend=backend)
+    run = pick("ssd", IMPLEMENTATIONS, backend, x, refusal)
     with without_autocast(x.device):  # it would narrow the products with the fp32 state
         return run(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size)
 
@@ -81,7 +85,7 @@ def ssd_step(
     """
     sizes = check_shapes(("x", x, "b h p"), ("dt", dt, "b h"), ("A", A, "h"), ("B", B, "b g n"), ("C", C, "b g n"))
     _check_ssd(dt, D, state, sizes)
-    run = STEP_IMPLEMENTATIONS[resolve("ssd_step", STEP_IMPLEMENTATIONS, backend)]
+    run = pick("ssd_step", STEP_IMPLEMENTATIONS, backend, x, partial(kernels.refusal, x, dt, state))
     return run(x, dt, A, B, C, state, D=D, overwrite=overwrite)
 
 

@@ -35,10 +35,11 @@ def run(capsys):
     return status, capsys.readouterr().out
 
 
-def test_what_is_there_is_listed(capsys):
+def test_what_is_there_is_listed(capsys, monkeypatch):
     import torch
     import transformers
 
+    monkeypatch.setattr("hybridlm.ops.backend.can_fuse", lambda: False)
     status, out = run(capsys)
     assert status == 0
     assert torch.__version__.split("+")[0] in line(out, "torch ")
@@ -102,13 +103,21 @@ def test_a_question_that_fails_leaves_the_rest(capsys, monkeypatch):
     assert "eager" in line(out, "operators")
 
 
-def test_what_fused_lacks_is_named(capsys, monkeypatch):
-    import torch
+@pytest.mark.parametrize("faults", [{}, {"mamba-ssm": "", "a CUDA device": ""}])
+def test_whether_fused_runs_is_told_and_can_be_asked(faults, capsys, monkeypatch):
+    monkeypatch.setattr("hybridlm.ops.backend.lacking", lambda: faults)
+    for arguments, status in ((["doctor"], 0), (["doctor", "--fused"], 1 if faults else 0)):
+        assert main(arguments) == status
+        out, err = capsys.readouterr()
+        assert ("error: ops.backend=fused cannot run here" in err) == (status == 1)
+        shown = line(out, "fused")
+        assert shown.split() == ["fused", "yes"] if not faults else "missing here: mamba-ssm, a CUDA device." in shown
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "a CUDA device, mamba-ssm" in doctor.fused(["mamba-ssm"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "a CUDA device" not in doctor.fused(["mamba-ssm"])
+
+def test_a_mamba_ssm_without_its_cuda_part_comes_with_what_to_do(capsys, broken):
+    broken("mamba_ssm", ModuleNotFoundError("No module named 'selective_scan_cuda'", name="selective_scan_cuda"))
+    _, out = run(capsys)
+    assert line(out, "mamba-ssm").endswith("""purelib"))')/selective_scan_cuda.py\"""")
 
 
 def test_the_packages_are_the_projects():

@@ -1,11 +1,15 @@
+import importlib
 import json
+import subprocess
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.__main__ import main
-from hybridlm.cli.verify import STEPS, odd_sizes
+from hybridlm.cli.verify import KERNELS, STEPS, odd_sizes, without_kernels
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.tokenizer import byte_tokenizer
 
@@ -126,3 +130,27 @@ def test_ours_is_the_model_of_this_library(folder, capsys, monkeypatch):
     monkeypatch.setattr(HybridLMForCausalLM, "from_pretrained", spy)
     verify(folder(tokenizer=False), capsys)
     assert opened == [torch.float32]
+
+
+def test_stock_is_imported_without_the_gpu_packages(monkeypatch):
+    there, absent = KERNELS
+    monkeypatch.setitem(sys.modules, there, ModuleType(there))
+    monkeypatch.delitem(sys.modules, absent, raising=False)
+    with without_kernels():
+        for name in KERNELS:
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module(name)
+    assert isinstance(sys.modules[there], ModuleType) and absent not in sys.modules
+
+
+def test_the_stock_model_runs_on_the_cpu_where_the_gpu_packages_are(folder, tmp_path):
+    """In a process in which they import, and anything taken from them fails."""
+    for name in KERNELS:
+        code = f"def fails(*args, **kwargs): raise RuntimeError('{name} on a CPU')\ndef __getattr__(name): return fails\n"
+        (tmp_path / f"{name}.py").write_text(code)
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import mamba_ssm; from hybridlm.__main__ import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), "verify", str(folder()), "--tokens", "32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from eval import gpu_check
+from eval.gpu_check import HYBRID, STOCK, TWIN, in_turns, measure
+from hybridlm import HybridLMConfig
+from hybridlm.flops import training_flops
+from hybridlm.pattern import evenly_dispersed
+from hybridlm.strict_yaml import load_yaml
+from hybridlm.twin import count_parameters, parameters_by_kind, transformer_twin
+
+SIZES = {"batch": 2, "seq_len": 24, "prompt": 9, "new": 4, "repeats": 2}
+
+
+@pytest.fixture
+def small(tiny_config):
+    # Weights so small that bf16 in another order changes nothing to speak of.
+    return lambda **changes: tiny_config(vocab_size=258, initializer_range=0.02, **changes)
+
+
+def test_a_row_for_each_contender_at_any_size(small):
+    content = measure(small(), "cpu", "auto", **SIZES)
+    assert content["device"] == "cpu" and content["versions"]["torch"] == torch.__version__
+    assert {key: content[key] for key in SIZES} == SIZES
+    assert content["operators"]["cross_entropy"] == "eager"
+    rows = {row["model"]: row for row in content["rows"]}
+    assert list(rows) == [HYBRID, TWIN, STOCK]
+    assert all(row.keys() == gpu_check.COLUMNS.keys() and row["mfu"] is None for row in rows.values())
+    speeds = ("training_tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second")
+    assert all(row[speed] > 0 for row in rows.values() for speed in speeds)
+    assert rows[STOCK]["parameters"] == rows[HYBRID]["parameters"] == count_parameters(small())
+    assert rows[STOCK]["loss"] == pytest.approx(rows[HYBRID]["loss"], rel=1e-3)  # the same weights, the same tokens
+    assert rows[TWIN]["parameters"] == count_parameters(transformer_twin(small()))
+    json.dumps(content, allow_nan=False)
+
+
+def test_the_medians_and_the_utilisation(small, monkeypatch):
+    seconds = {name: iter(values) for name, values in {HYBRID: [9, 9, 1, 2, 6], TWIN: [9, 9, 4, 4, 4], STOCK: [9] * 5}.items()}
+    names = {}
+
+    def train_step(model, *sizes):
+        return next(seconds[names[model]]), 5.0
+
+    def build(*arguments):
+        models = original(*arguments)
+        names.update({model: name for name, model in models.items()})
+        return models
+
+    original = gpu_check.build
+    monkeypatch.setattr(gpu_check, "build", build)
+    monkeypatch.setattr(gpu_check, "train_step", train_step)
+    monkeypatch.setattr(gpu_check, "request", lambda model, prompt, new, turn: (2.0, 2.0 + 0.5 * turn))
+    monkeypatch.setattr(gpu_check, "peak_flops", lambda name, precision: {"cpu bf16": 1e6}[f"{name} {precision}"])
+    rows = measure(small(), "cpu", "auto", **SIZES | {"repeats": 3})["rows"]
+    assert [row["training_tokens_per_second"] for row in rows] == [48 / 2, 48 / 4, 48 / 9]
+    shapes = small(), transformer_twin(small()), small()
+    expected = [row["training_tokens_per_second"] * training_flops(c, 24) / 1e6 for row, c in zip(rows, shapes, strict=True)]
+    assert [row["mfu"] for row in rows] == expected
+    assert {row["prefill_tokens_per_second"] for row in rows} == {9 / 2}
+    assert {row["decode_tokens_per_second"] for row in rows} == {3 / 1.5}  # turns 2, 3, 4 take 1, 1.5, 2 seconds
+
+
+def test_the_contenders_take_turns_after_a_warm_up():
+    order = []
+
+    def run(model, turn):
+        order.append((model, turn))
+        return model, turn
+
+    with tqdm(disable=True) as bar:
+        results = in_turns({"a": 1, "b": 2}, run, 2, bar)
+    assert order == [(model, turn) for turn in range(4) for model in (1, 2)]
+    assert results == {"a": [(1, 2), (1, 3)], "b": [(2, 2), (2, 3)]}
+
+
+def test_training_runs_forward_and_backward_under_autocast_and_leaves_the_weights(small):
+    models = gpu_check.build(small(), "cpu", "auto")
+    before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
+    ran, dtypes = [], []
+    for model in models.values():
+        assert model.training
+        head = model.lm_head
+        head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for p in model.parameters():
+            p.register_hook(lambda grad: ran.append(grad.dtype))
+    for name, model in models.items():
+        seconds, loss = gpu_check.train_step(model, 2, 24, turn=0)
+        assert seconds > 0 and loss == pytest.approx(torch.log(torch.tensor(258.0)).item(), rel=0.1)
+        assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before[name], strict=True))
+    assert dtypes == [torch.bfloat16]  # stock's; ours has its loss without the logits
+    assert len(ran) == sum(len(list(model.parameters())) for model in models.values())
+
+
+def test_the_same_tokens_come_out_of_both(small):
+    """The way of generating, with its cache, is right for our model and for stock transformers'."""
+    models = gpu_check.build(small(), "cpu", "auto")
+    for name in (HYBRID, STOCK):
+        model, tokens = models[name].eval(), []
+        model.register_forward_hook(lambda module, inputs, output, tokens=tokens: tokens.append(output.logits[0, -1].double()))
+        gpu_check.request(model, 9, 4, turn=0)
+        models[name] = tokens
+    assert len(models[HYBRID]) == 4
+    for ours, stock in zip(models[HYBRID], models[STOCK], strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_the_yardstick_is_what_its_file_says():
+    text, config = gpu_check.SHAPE.read_text(), HybridLMConfig.from_strict_dict(load_yaml(gpu_check.SHAPE))
+    pattern, kinds = config.hybrid_override_pattern, parameters_by_kind(config)
+    assert pattern == evenly_dispersed(28, 2) and "evenly_dispersed(28, 2)" in text
+    for symbol, name in (("M", "Mamba-2"), ("-", "FFN"), ("*", "attention")):
+        assert f"{pattern.count(symbol)} {name}" in text and f"x {kinds[symbol]:,}" in text
+    assert f"x {kinds['embedding']:,}" in text
+    assert f"= {count_parameters(config):,}\n" in text
+
+
+def test_the_command_writes_the_figures(command, monkeypatch, small, tmp_path):
+    monkeypatch.setattr(gpu_check, "check", lambda: measure(small(), "cpu", "auto", **SIZES))
+    status, out, err = command("gpu-check", "--json", tmp_path / "gpu.json")
+    assert status == 0, err
+    assert HYBRID in out and "training tok/s" in out
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 3
+
+
+def test_without_a_gpu_the_command_says_what_is_missing(command, monkeypatch):
+    monkeypatch.setattr("hybridlm.ops.backend.lacking", lambda: {"mamba-ssm": "", "a CUDA device": ""})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = command("gpu-check", "--json", "-")
+    assert (status, out) == (2, "")
+    assert "missing here: mamba-ssm, a CUDA device." in err
