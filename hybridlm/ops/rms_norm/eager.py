@@ -14,16 +14,16 @@ def rms_norm(x, weight, *, eps: float) -> Tensor:
 
 def normed(x: Tensor, z: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     """weight * u / rms(u) with u = x, or x silu(z) where there is a gate z; the mean over each of `groups` runs of channels."""
-    if x.shape[1] > 1:
+    if x.shape[1] > 1 or torch.is_autocast_enabled(x.device.type):  # which would narrow the product below
         return RMSNorm.apply(x, z, weight, groups, eps)
     narrow = x.dtype  # a step of generation: as few operators as can be
     x = x.to(torch.promote_types(narrow, torch.float32))
     if z is not None:
         x = silu(z.to(x.dtype)) * x
-    if groups == 1:
-        return torch.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(narrow)
-    u = x.unflatten(-1, (groups, -1))
-    return (torch.rms_norm(u, u.shape[-1:], eps=eps).flatten(-2) * weight).to(narrow)
+    u = x.reshape(-1, 1, x.shape[-1] // groups)
+    # One product for the sum of squares: torch's own rms_norm takes twice as long for one token.
+    scale = torch.baddbmm(torch.full((1, 1, 1), eps, dtype=u.dtype, device=u.device), u, u.mT, alpha=1 / u.shape[-1]).rsqrt()
+    return ((u * scale).view(x.shape) * weight).to(narrow)
 
 
 class RMSNorm(torch.autograd.Function):

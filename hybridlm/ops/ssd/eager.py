@@ -32,6 +32,9 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
 
 
 def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        with without_autocast(x.device):
+            return ssd_step(x, dt, A, B, C, state, D=D, overwrite=overwrite)
     (b, h, p), dtype = x.shape, x.dtype
     g, n = B.shape[1:]
     x, B, C = (m.to(dt.dtype) for m in (x, B, C))
@@ -40,8 +43,7 @@ def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor,
     frozen = state.is_inference() and not torch.is_inference_mode_enabled()
     state = state.mul_(decay) if overwrite and not frozen else decay * state
     per_group = state.view(b, g, -1, n).addcmul_(update, B[:, :, None])  # b g (r p) n
-    with without_autocast(x.device):
-        y = (per_group @ C[..., None]).view(b, h, p)
+    y = (per_group @ C[..., None]).view(b, h, p)
     if D is not None:
         y = torch.addcmul(y, D[:, None], x)
     return y.to(dtype), state

@@ -15,7 +15,8 @@ IMPLEMENTATIONS = {"eager": min, "fused": max, "naive": sum}  # any three functi
 WITHOUT_FUSED = {name: IMPLEMENTATIONS[name] for name in ("eager", "naive")}
 TABLES = {
     "ssd": ssd.IMPLEMENTATIONS, "ssd_step": ssd.STEP_IMPLEMENTATIONS, "conv1d": conv1d.IMPLEMENTATIONS,
-    "gated_norm": gated_norm.IMPLEMENTATIONS, "rms_norm": rms_norm.IMPLEMENTATIONS, "cross_entropy": cross_entropy.IMPLEMENTATIONS,
+    "gated_norm": gated_norm.IMPLEMENTATIONS, "rms_norm": rms_norm.IMPLEMENTATIONS,
+    "cross_entropy": cross_entropy.IMPLEMENTATIONS,
 }  # fmt: skip
 ALL = tuple(TABLES)
 PACKAGES = ("mamba_ssm", "causal_conv1d")
