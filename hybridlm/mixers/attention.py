@@ -12,7 +12,7 @@ from hybridlm.configuration import HybridLMConfig
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.parts import IntoResidual, Linear
 from hybridlm.ops import Ops
-from hybridlm.ops.precision import product_dtype
+from hybridlm.ops.precision import product_dtype, without_autocast
 
 
 class Attention(nn.Module):
@@ -41,7 +41,9 @@ class Attention(nn.Module):
             kept = extend(state[0], k, context), extend(state[1], v, context)
             k, v = (m[:, :, : context.past + x.shape[1]] for m in kept)
         if self.config._attn_implementation == "sdpa":
-            return self.o_proj(sdpa(q, k, v, context).transpose(1, 2).flatten(2).to(x.dtype)), kept
+            with without_autocast(x.device):  # q, k and v have its dtype, or a wider one on purpose
+                y = sdpa(q, k, v, context)
+            return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype)), kept
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         wanted = {"output_attentions": True} if context.attentions is not None else {}
         y, weights = attend(self, q, k, v, context.mask, dropout=0.0, scaling=self.head_dim**-0.5, **wanted)

@@ -8,13 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+FEW_ROWS = 8  # up to which torch's product reads its matrix with one thread
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Whether autocast is on. The meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, autocast narrows nothing. The meta device has none."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
-
-
-FEW_ROWS = 8
+    """Inside, autocast narrows nothing."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device) else nullcontext()
 
 
 @cache

@@ -7,7 +7,7 @@ from hybridlm.ops.backend import resolve
 from hybridlm.ops.checks import check_shape, check_shapes
 from hybridlm.ops.cross_entropy import eager, naive
 from hybridlm.ops.cross_entropy.constants import IGNORE
-from hybridlm.ops.precision import without_autocast
+from hybridlm.ops.precision import has_autocast, without_autocast
 
 __all__ = ["IGNORE", "cross_entropy"]
 
@@ -33,7 +33,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: st
     sizes = check_shapes(("hidden", hidden, "b t d"), ("weight", weight, "v d"))
     check_shape("labels", labels, "b t", sizes)
     device = hidden.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if has_autocast(device):
         dtype = torch.get_autocast_dtype(device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     run = IMPLEMENTATIONS[resolve("cross_entropy", IMPLEMENTATIONS, backend)]

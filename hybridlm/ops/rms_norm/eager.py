@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from hybridlm.ops.blocks import time_blocks
+from hybridlm.ops.precision import has_autocast
 
 
 def rms_norm(x, weight, *, eps: float) -> Tensor:
@@ -14,7 +15,7 @@ def rms_norm(x, weight, *, eps: float) -> Tensor:
 
 def normed(x: Tensor, z: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     """weight * u / rms(u) with u = x, or x silu(z) where there is a gate z; the mean over each of `groups` runs of channels."""
-    if x.shape[1] > 1 or torch.is_autocast_enabled(x.device.type):  # which would narrow the product below
+    if x.shape[1] > 1 or has_autocast(x.device):  # which would narrow the product below
         return RMSNorm.apply(x, z, weight, groups, eps)
     narrow = x.dtype  # a step of generation: as few operators as can be
     x = x.to(torch.promote_types(narrow, torch.float32))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybridlm.ops.precision import product_dtype, without_autocast
+from hybridlm.ops.precision import has_autocast, product_dtype, without_autocast
 
 CPU_CHUNK = 64  # a shorter chunk passes the state on more often, a longer one has larger q x q products
 CPU_BLOCK = 2**20  # elements of the q x q products, of all rows, chunks and heads, that are made at a time
@@ -32,7 +32,7 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
 
 
 def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(x.device.type):
+    if has_autocast(x.device):
         with without_autocast(x.device):
             return ssd_step(x, dt, A, B, C, state, D=D, overwrite=overwrite)
     (b, h, p), dtype = x.shape, x.dtype
