@@ -137,3 +137,10 @@ def test_without_a_gpu_the_command_says_what_is_missing(command, monkeypatch):
     status, out, err = command("gpu-check", "--json", "-")
     assert (status, out) == (2, "")
     assert "missing here: mamba-ssm, a CUDA device." in err
+
+
+def test_the_clock_waits_for_the_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    assert gpu_check.clock(torch.device("cpu")) < gpu_check.clock(torch.device("cuda"))
+    assert waited == [True]
