@@ -41,8 +41,12 @@ def test_the_medians_and_the_utilisation(small, monkeypatch):
     seconds = {name: iter(values) for name, values in {HYBRID: [9, 9, 1, 2, 6], TWIN: [9, 9, 4, 4, 4], STOCK: [9] * 5}.items()}
     names = {}
 
-    def train_step(model, *sizes):
-        return next(seconds[names[model]]), 5.0
+    def train_step(model, batch, seq_len, turn):
+        return next(seconds[names[model]]), 5.0 + turn
+
+    def request(model, prompt, new, turn):
+        assert model.dtype == torch.bfloat16 and not model.training
+        return 2.0, 2.0 + 0.5 * turn
 
     def build(*arguments):
         models = original(*arguments)
@@ -52,13 +56,14 @@ def test_the_medians_and_the_utilisation(small, monkeypatch):
     original = gpu_check.build
     monkeypatch.setattr(gpu_check, "build", build)
     monkeypatch.setattr(gpu_check, "train_step", train_step)
-    monkeypatch.setattr(gpu_check, "request", lambda model, prompt, new, turn: (2.0, 2.0 + 0.5 * turn))
+    monkeypatch.setattr(gpu_check, "request", request)
     monkeypatch.setattr(gpu_check, "peak_flops", lambda name, precision: {"cpu bf16": 1e6}[f"{name} {precision}"])
     rows = measure(small(), "cpu", "auto", **SIZES | {"repeats": 3})["rows"]
     assert [row["training_tokens_per_second"] for row in rows] == [48 / 2, 48 / 4, 48 / 9]
     shapes = small(), transformer_twin(small()), small()
     expected = [row["training_tokens_per_second"] * training_flops(c, 24) / 1e6 for row, c in zip(rows, shapes, strict=True)]
     assert [row["mfu"] for row in rows] == expected
+    assert {row["loss"] for row in rows} == {9.0}  # of the last turn
     assert {row["prefill_tokens_per_second"] for row in rows} == {9 / 2}
     assert {row["decode_tokens_per_second"] for row in rows} == {3 / 1.5}  # turns 2, 3, 4 take 1, 1.5, 2 seconds
 
@@ -91,20 +96,21 @@ def test_training_runs_forward_and_backward_under_autocast_and_leaves_the_weight
         assert seconds > 0 and loss == pytest.approx(torch.log(torch.tensor(258.0)).item(), rel=0.1)
         assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before[name], strict=True))
     assert dtypes == [torch.bfloat16]  # stock's; ours has its loss without the logits
+    draws = [gpu_check.random_tokens(model, 2, 24, turn) for turn in (0, 1, 1)]
+    assert not torch.equal(*draws[:2]) and torch.equal(*draws[1:])
     assert len(ran) == sum(len(list(model.parameters())) for model in models.values())
 
 
-def test_the_same_tokens_come_out_of_both(small):
-    """The way of generating, with its cache, is right for our model and for stock transformers'."""
-    models = gpu_check.build(small(), "cpu", "auto")
-    for name in (HYBRID, STOCK):
-        model, tokens = models[name].eval(), []
-        model.register_forward_hook(lambda module, inputs, output, tokens=tokens: tokens.append(output.logits[0, -1].double()))
-        gpu_check.request(model, 9, 4, turn=0)
-        models[name] = tokens
-    assert len(models[HYBRID]) == 4
-    for ours, stock in zip(models[HYBRID], models[STOCK], strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", [HYBRID, TWIN, STOCK])
+def test_a_request_goes_on_from_its_cache(name, small):
+    model, steps = gpu_check.build(small(), "cpu", "auto")[name].eval(), []
+    handle = model.register_forward_hook(lambda module, inputs, output: steps.append(output.logits[:, -1]))
+    gpu_check.request(model, 9, 4, turn=0)
+    handle.remove()
+    ids = torch.cat([gpu_check.random_tokens(model, 1, 9, 0), *(logits.argmax(-1)[None] for logits in steps)], dim=1)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole[:, 8:12], rtol=1e-4, atol=1e-4)
 
 
 def test_the_yardstick_is_what_its_file_says():
@@ -131,3 +137,10 @@ def test_without_a_gpu_the_command_says_what_is_missing(command, monkeypatch):
     status, out, err = command("gpu-check", "--json", "-")
     assert (status, out) == (2, "")
     assert "missing here: mamba-ssm, a CUDA device." in err
+
+
+def test_the_clock_waits_for_the_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    assert gpu_check.clock(torch.device("cpu")) < gpu_check.clock(torch.device("cuda"))
+    assert waited == [True]
