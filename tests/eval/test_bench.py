@@ -68,7 +68,7 @@ def test_ratios(content):
 
 
 def test_the_rest_of_the_figures(content):
-    assert content["finished"] and content["seconds"] > 0
+    assert content["finished"] and content["seconds"] > 0 and content["load_before"] >= 0
     assert content["machine"]["threads of torch"] == 1
     assert content["equality"]["same"]
     assert content["equality"]["bf16_tokens"] <= 8
@@ -99,6 +99,9 @@ def test_the_page(content):
 
 def test_the_page_of_what_was_cut_off(content):
     worse = content["equality"] | {"same": False, "bf16_no_further": False}
+    idle = content["machine"] | {"cores": 4}
+    assert "busy" not in bench.text(content | {"machine": idle, "load_before": 1.9})
+    assert "busy with something else (load 2.1)" in bench.text(content | {"machine": idle, "load_before": 2.1})
     page = bench.text(content | {"finished": False, "equality": worse, "rows": content["rows"][:4], "notes": []})
     assert "Interrupted" in page and "NOT the same logits" in page and "FURTHER" in page
     assert "xtrapolated" not in page and "µs a token" not in page
