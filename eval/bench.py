@@ -223,15 +223,21 @@ def rows_of(task: Task, turns: dict[str, list[dict[str, Any]]], shapes: Shapes, 
             if kind == "decode":
                 row["tokens_per_second"] = task.batch / seconds
                 nbytes = every[0]["weights_bytes"] + every[0]["cache_bytes"]
-                row["share_of_ceiling"] = nbytes / seconds / ends["read_bytes_per_second"][task.precision]
+                row["share_of_ceiling"] = nbytes / seconds / end(ends["read_bytes_per_second"], task.precision)
             elif kind != "request":
                 row["tokens_per_second"] = task.batch * task.length / seconds
-                row["share_of_ceiling"] = seconds_at_ceiling(contender, shapes, task, ends) / seconds
+                flops = model_flops(contender, shapes, task)
+                row["share_of_ceiling"] = flops / seconds / end(ends["flops_per_second"], task.precision)
             if kind == "prefill" and "attention" in timed[0]:
                 row["attention_seconds"] = statistics.median(turn["attention"] for turn in timed)
             group.append(row)
         rows += with_ratios(group)
     return rows
+
+
+def end(rates: dict[str, float], precision: str) -> float:
+    """What a row is held against: in bf16 the larger of both rates, for a CPU without bf16 units does its work in fp32 units."""
+    return rates["fp32"] if precision == "fp32" else max(rates.values())
 
 
 def seconds_of(kind: str, task: Task, turn: dict[str, Any]) -> float:
