@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -39,6 +40,7 @@ TASKS = (
 LONG_TASKS = (Task("request-65536", "request", "fp32", 1, 65536, new=64, whole=1024, cap=900),)
 SHORTEST = 32
 REACHED = 0.5  # what a call reaches of the ceiling, roughly: for the estimate of the run's time alone
+BUSY = 0.5  # processes a core that want to run, before anything was started here
 EQUALITY_TOKENS = ((2, 1024), Task("equality", "decode", "bf16", 1, 256, cap=3))
 COLUMNS = {
     "row": "row", "shape": "shape", "contender": "contender", "seconds": "seconds", "tokens_per_second": "tokens/s",
@@ -90,8 +92,8 @@ def run(
     threads = torch.get_num_threads()
     start = time.perf_counter()
     content |= {
-        "machine": machine(), "repeats": repeats, "shapes": asdict(shapes), "finished": False, "seconds": 0.0, "ceiling": {},
-        "equality": {}, "rows": [], "notes": [],
+        "machine": machine(), "load_before": psutil.getloadavg()[0], "repeats": repeats, "shapes": asdict(shapes),
+        "finished": False, "seconds": 0.0, "ceiling": {}, "equality": {}, "rows": [], "notes": [],
     }  # fmt: skip
     say("measuring what the machine can do, about half a minute")
     with worker(contenders.__name__) as pool:
@@ -119,7 +121,7 @@ def run(
         with tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", smoothing=0) as bar:
 
             def tick(task: Task, name: str) -> None:
-                bar.update(estimate(task, name))
+                bar.update(min(estimate(task, name), total - bar.n))  # no rounding past the end
 
             for task in planned:
                 bar.set_description(task.name)
@@ -221,15 +223,21 @@ def rows_of(task: Task, turns: dict[str, list[dict[str, Any]]], shapes: Shapes, 
             if kind == "decode":
                 row["tokens_per_second"] = task.batch / seconds
                 nbytes = every[0]["weights_bytes"] + every[0]["cache_bytes"]
-                row["share_of_ceiling"] = nbytes / seconds / ends["read_bytes_per_second"][task.precision]
+                row["share_of_ceiling"] = nbytes / seconds / end(ends["read_bytes_per_second"], task.precision)
             elif kind != "request":
                 row["tokens_per_second"] = task.batch * task.length / seconds
-                row["share_of_ceiling"] = seconds_at_ceiling(contender, shapes, task, ends) / seconds
+                flops = model_flops(contender, shapes, task)
+                row["share_of_ceiling"] = flops / seconds / end(ends["flops_per_second"], task.precision)
             if kind == "prefill" and "attention" in timed[0]:
                 row["attention_seconds"] = statistics.median(turn["attention"] for turn in timed)
             group.append(row)
         rows += with_ratios(group)
     return rows
+
+
+def end(rates: dict[str, float], precision: str) -> float:
+    """What a row is held against: in bf16 the larger of both rates, for a CPU without bf16 units does its work in fp32 units."""
+    return rates["fp32"] if precision == "fp32" else max(rates.values())
 
 
 def seconds_of(kind: str, task: Task, turn: dict[str, Any]) -> float:
@@ -298,6 +306,10 @@ def text(content: dict[str, Any]) -> str:
     parts += content["notes"]
     if any(row["extrapolated_tokens"] for row in content["rows"]):
         parts.append("Extrapolated: tokens of a request that were not decoded, and count as the mean of those that were.")
+    if content["load_before"] > BUSY * content["machine"]["cores"]:
+        parts.append(
+            f"The machine was busy with something else (load {content['load_before']:.1f}): take no figure from this run."
+        )
     if not content["finished"]:
         parts.append("Interrupted: the rows above are those that were measured.")
     return "\n\n".join(parts)

@@ -68,7 +68,7 @@ def test_ratios(content):
 
 
 def test_the_rest_of_the_figures(content):
-    assert content["finished"] and content["seconds"] > 0
+    assert content["finished"] and content["seconds"] > 0 and content["load_before"] >= 0
     assert content["machine"]["threads of torch"] == 1
     assert content["equality"]["same"]
     assert content["equality"]["bf16_tokens"] <= 8
@@ -99,6 +99,9 @@ def test_the_page(content):
 
 def test_the_page_of_what_was_cut_off(content):
     worse = content["equality"] | {"same": False, "bf16_no_further": False}
+    idle = content["machine"] | {"cores": 4}
+    assert "busy" not in bench.text(content | {"machine": idle, "load_before": 1.9})
+    assert "busy with something else (load 2.1)" in bench.text(content | {"machine": idle, "load_before": 2.1})
     page = bench.text(content | {"finished": False, "equality": worse, "rows": content["rows"][:4], "notes": []})
     assert "Interrupted" in page and "NOT the same logits" in page and "FURTHER" in page
     assert "xtrapolated" not in page and "µs a token" not in page
@@ -123,8 +126,19 @@ def test_decode_against_the_bandwidth():
     task = Task("decode", "decode", "bf16", 1, 5, new=3)
     (row,) = bench.rows_of(task, {"twin": [turn(), turn(tokens=[2.0, 2.0, 8.0])]}, SMALL, ENDS)
     assert (row["seconds"], row["tokens_per_second"]) == (2.0, 0.5)  # the median token
-    assert row["share_of_ceiling"] == (900 + 100) / 2.0 / 5e8
+    assert row["share_of_ceiling"] == (900 + 100) / 2.0 / 1e9
     assert row["extrapolated_tokens"] == 0
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "expected"), [(1e9, 1e6, 1e9), (1e9, 4e9, 4e9)])
+def test_bf16_is_held_against_the_faster_units(fp32, bf16, expected):
+    both = {"fp32": fp32, "bf16": bf16}
+    ends = ENDS | {"flops_per_second": both, "read_bytes_per_second": both}
+    for kind, work in (("train", contenders.model_flops("llama", SMALL, Task("t", "train", "bf16", 1, 5))), ("decode", 1000)):
+        for precision, rate in (("bf16", expected), ("fp32", fp32)):
+            task = Task("t", kind, precision, 1, 5, new=3)
+            (row,) = bench.rows_of(task, {"llama": [turn(first=2.0, tokens=[2.0])]}, SMALL, ends)
+            assert row["share_of_ceiling"] == pytest.approx(work / 2.0 / rate)
 
 
 def test_a_request_is_extrapolated():
