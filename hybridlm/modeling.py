@@ -76,7 +76,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         """Opens a folder that this library, transformers or NVIDIA wrote, or a name on the hub; arguments as in transformers.
 
         Args:
-            backend: the operators' (`auto`, `eager`, `naive`).
+            backend: the operators' (`auto`, `eager`, `fused`, `naive`).
             dtype: of the weights; A_log, D, dt_bias and the router's bias are fp32 in any case.
             output_loading_info, ignore_mismatched_sizes: as in transformers, and then weights that do not fit are the caller's.
 
@@ -252,7 +252,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
 
 
 class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
-    """The language model. `backend` picks the operators (`auto`, `eager`, `naive`) and is never saved."""
+    """The language model. `backend` picks the operators (`auto`, `eager`, `fused`, `naive`) and is never saved."""
 
     def __init__(self, config: HybridLMConfig, backend: str = "auto"):
         super().__init__(config)

@@ -22,7 +22,6 @@ def main(argv: list[str]) -> int:
         if arguments.print_config:
             print(dump(config), end="")
             return 0
-        keep_freed_memory()
         train(config, arguments.resume, arguments.allow_config_change)
     except (ValueError, FloatingPointError, OSError) as error:
         if first:
@@ -35,4 +34,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 FEW_ROWS = 8  # up to which torch's product reads its matrix with one thread
 
 

@@ -19,6 +19,7 @@ print(pages() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept():
+    """In processes of their own: it cannot be undone."""
     run = [sys.executable, "-c", PAGES_OF_THE_LAST_TENSOR]
     handed_back, kept = (
         int(subprocess.run([*run, how], capture_output=True, text=True, check=True).stdout) for how in ("default", "keep")
