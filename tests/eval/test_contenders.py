@@ -15,6 +15,21 @@ from hybridlm.twin import count_parameters
 TRAIN = Task("train", "train", "fp32", 2, 12)
 
 
+@pytest.fixture(autouse=True)
+def freed_memory_goes_back(monkeypatch):
+    """In the process of the tests, which others measure."""
+    kept = []
+    monkeypatch.setattr(contenders, "keep_freed_memory", lambda: kept.append(True))
+    return kept
+
+
+def test_only_ours_keep_freed_memory_as_our_commands_do(freed_memory_goes_back):
+    for contender, keeps in {"llama": False, "nemotron_h": False, "hybridlm": True, "twin": True}.items():
+        freed_memory_goes_back.clear()
+        contenders.allocator(contender)
+        assert bool(freed_memory_goes_back) == keeps
+
+
 def count(model):
     return sum(p.numel() for p in model.parameters())
 
