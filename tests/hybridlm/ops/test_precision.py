@@ -65,3 +65,11 @@ def test_products_of_narrow_numbers_are_fp32_where_the_processor_has_no_units(wi
     assert product_dtype(torch.ones(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     assert product_dtype(torch.ones(1, dtype=torch.bfloat16)) == torch.bfloat16
+
+
+def test_autocasts_bf16_without_units_runs_as_an_fp32_product(without_units, monkeypatch):
+    seen, own = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append((x.dtype, torch.is_autocast_enabled("cpu"))) or own(x, *rest))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*draw(30)).dtype == torch.bfloat16
+    assert seen == [(torch.float32, False)]

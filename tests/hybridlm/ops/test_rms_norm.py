@@ -44,3 +44,11 @@ def test_bf16_is_computed_in_fp32(backend, t):
 def test_a_broken_contract_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="weight must have shape"):
         rms_norm(torch.zeros(2, 3, 5), torch.ones(4))
+
+
+@pytest.mark.parametrize("t", [1, 7])
+def test_autocast_narrows_nothing(t):
+    x, weight = (m.float() for m in draw(t))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = rms_norm(x, weight)
+    torch.testing.assert_close(y, rms_norm(x, weight), rtol=1e-6, atol=1e-6)
