@@ -107,3 +107,11 @@ def test_gradients_behind_a_cache_with_room_leave_it_as_it_is(tiny_model, draw_i
     logits.sum().backward()
     for state, copy in zip(held, before):
         assert all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(state or (), copy, strict=True))
+
+
+@torch.no_grad()
+def test_the_room_for_more_keys_does_not_count(tiny_model, draw_ids):
+    model, ids = tiny_model(hybrid_override_pattern="M*-"), draw_ids(2, 9)
+    at_once, in_pieces = model(ids, use_cache=True).past_key_values, model(ids[:, :4], use_cache=True).past_key_values
+    model(ids[:, 4:], past_key_values=in_pieces)
+    assert in_pieces.states[1][0].shape[2] > 9 and in_pieces.nbytes() == at_once.nbytes()

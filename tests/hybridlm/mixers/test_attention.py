@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from hybridlm.mixers import attention
 from hybridlm.mixers.attention import Attention, rotary, rotate
 from hybridlm.mixers.context import Context
-from hybridlm.ops import build_ops
+from hybridlm.ops import build_ops, precision
 
 
 @pytest.fixture
@@ -65,3 +66,17 @@ def test_rope_scores_depend_on_the_difference_of_positions_only():
 
 def test_rope_keeps_the_dtype():
     assert rotate(torch.randn(1, 1, 2, 8).bfloat16(), *rotary(torch.arange(2)[None], 8, 1e4)).dtype == torch.bfloat16
+
+
+def test_autocast_does_not_narrow_what_is_wide_on_purpose(mixer, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    seen, own = [], attention.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        seen.append((args[0].dtype, torch.is_autocast_enabled("cpu")))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer().float()(torch.randn(2, 9, 32), Context(), None)
+    assert seen == [(torch.float32, False)]
