@@ -23,7 +23,7 @@ from hybridlm.mixers import MIXERS
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
 from hybridlm.mixers.moe import Router
-from hybridlm.mixers.parts import IntoResidual, Linear, RMSNorm
+from hybridlm.mixers.parts import IntoResidual, KeepsWide, Linear, RMSNorm
 from hybridlm.ops import Ops, build_ops
 from hybridlm.ops.cross_entropy import IGNORE
 
@@ -105,6 +105,10 @@ class HybridLMPreTrainedModel(PreTrainedModel):
                 raise
             raise ValueError(f"{name} cannot be opened, its config.json asks for more memory than there is: {error}") from error
         model, info = loaded
+        for module in model.modules():
+            if isinstance(module, KeepsWide):  # a few numbers that were not converted would keep the whole file in memory
+                for wide in (getattr(module, wide) for wide in module.WIDE):
+                    wide.data = wide.data.clone()
         if wants_info:
             return model, info
         faults = weight_faults(info | ({"mismatched_keys": []} if lenient else {}))
@@ -225,7 +229,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
             if wanted:
                 hidden_states.append(x)
         x = self.norm_f(x)
-        if (padding := context.to(x.device).padding) is not None:
+        if context.padding is not None and (padding := context.to(x.device).padding) is not None:
             x = padding.repeat_tokens(x, None if cache is None else cache.last)
         if cache is not None:
             cache.seen, cache.tokens, cache.last = cache.seen + x.shape[1], tokens, x[:, -1].clone()

@@ -41,7 +41,7 @@ class Attention(nn.Module):
             kept = extend(state[0], k, context), extend(state[1], v, context)
             k, v = (m[:, :, : context.past + x.shape[1]] for m in kept)
         if self.config._attn_implementation == "sdpa":
-            with without_autocast(x.device):  # q, k and v have its dtype, or a wider one on purpose
+            with without_autocast(x):  # q, k and v have its dtype, or a wider one on purpose
                 y = sdpa(q, k, v, context)
             return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype)), kept
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)

@@ -41,24 +41,27 @@ class Mamba2(KeepsWide, nn.Module):
     def forward(self, x: Tensor, context: Context, state: State | None) -> tuple[Tensor, State]:
         ops = self.ops
         conv_state, ssm_state = (None, None) if state is None else state
+        b, t, _ = x.shape
+        step = t == 1 and ssm_state is not None
         z, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
         xBC, conv_state = self.conv1d(xBC, context, conv_state)
-        u, B, C = xBC.split(self.convolved, dim=-1)
-        u, B, C = (m.unflatten(-1, (count, -1)) for m, count in ((u, self.heads), (B, self.groups), (C, self.groups)))
-        dt = softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        dt = softplus(dt + self.dt_bias)  # in the dtype of dt_bias
         if self.limit is not None:
             dt = dt.clamp(*self.limit)
         if context.padding is not None:  # a step of length 0 neither decays the state nor adds to it
             dt = dt.masked_fill(context.padding.absent[..., None], 0)
         A = -torch.exp(self.A_log)
-        if x.shape[1] == 1 and ssm_state is not None:
-            y, ssm_state = ops.ssd_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], ssm_state, D=self.D, overwrite=context.inference)
-            y = y[:, None]
+        u, B, C = xBC.split(self.convolved, dim=-1)
+        rows = (b,) if step else (b, t)
+        u, B, C = u.reshape(*rows, self.heads, -1), B.reshape(*rows, self.groups, -1), C.reshape(*rows, self.groups, -1)
+        if step:
+            dt = dt.squeeze(1)
+            y, ssm_state = ops.ssd_step(u, dt, A, B, C, ssm_state, D=self.D, overwrite=context.inference)
         else:
             y, ssm_state = ops.ssd(
                 u, dt, A, B, C, D=self.D, initial_state=ssm_state, seq_idx=context.seq_idx, chunk_size=self.chunk_size
             )
-        return self.out_proj(self.norm(y.flatten(-2), z)), (conv_state, ssm_state)
+        return self.out_proj(self.norm(y.reshape(b, t, -1), z)), (conv_state, ssm_state)
 
 
 class Convolution(nn.Conv1d):

@@ -67,7 +67,7 @@ class Router(KeepsWide, nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (tokens d) -> weights (tokens k), fp32, and experts (tokens k)."""
         c, wide = self.config, torch.promote_types(x.dtype, torch.float32)
-        with without_autocast(x.device):
+        with without_autocast(x):
             scores = linear(x.to(wide), self.weight.to(wide)).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if c.topk_group < c.n_group:  # only the groups whose two best experts are best take part

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 FEW_ROWS = 8  # up to which torch's product reads its matrix with one thread
 
 
-def has_autocast(device: torch.device) -> bool:
-    """Whether autocast is on. The meta device has none."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+def has_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for operators on x. The meta device has none."""
+    return torch.is_autocast_enabled("cpu") if x.is_cpu else not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, autocast narrows nothing."""
-    return torch.autocast(device.type, enabled=False) if has_autocast(device) else nullcontext()
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Inside, autocast narrows nothing on the device of x."""
+    return torch.autocast(x.device.type, enabled=False) if has_autocast(x) else nullcontext()
 
 
 @cache
@@ -39,18 +39,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bf16 as ever, and the sums are the more exact for it. A few rows in fp32 go through a product for each thread, as torch
     reads the weights of a single product of so few rows with one.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return F.linear(x, weight, bias)
-    narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    (out, size), rows = weight.shape, x.numel() // x.shape[-1]
-    if rows <= FEW_ROWS:
-        threads = torch.get_num_threads()
+    (out, size), threads, autocast = weight.shape, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    narrow = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if x.numel() <= FEW_ROWS * size:
         if narrow == torch.float32 and out % threads == 0:
-            y = torch.bmm(x.reshape(1, rows, size).expand(threads, rows, size), weight.view(threads, -1, size).mT)
-            y = (y if rows == 1 else y.transpose(0, 1)).reshape(*x.shape[:-1], out)
+            rows = x if len(x) == 1 and x.dim() == 3 else x.reshape(1, -1, size)
+            y = torch.bmm(rows.expand(threads, -1, -1), weight.view(threads, -1, size).mT)  # threads rows out/threads
+            y = (y if x.numel() == size else y.transpose(0, 1)).reshape(*x.shape[:-1], out)
             return y if bias is None else y + bias
     elif narrow == torch.bfloat16 and not cpu_has_bf16():
-        with without_autocast(x.device):
+        with without_autocast(x):
             x, weight = x.to(narrow).float(), weight.to(narrow).float()
             return F.linear(x, weight, bias if bias is None else bias.to(narrow).float()).to(narrow)
     return F.linear(x, weight, bias)

@@ -1,8 +1,10 @@
 """Folders that go both ways between this library, stock transformers and what NVIDIA publishes."""
 
+import gc
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +207,14 @@ def test_the_parameters_of_the_decay_and_the_routers_bias_are_fp32_in_any_dtype(
     tensors = [*loaded.named_parameters(), *loaded.named_buffers()]
     assert {t.dtype for name, t in tensors if name.endswith(WIDE)} == {torch.float32}
     assert {t.dtype for name, t in tensors if not name.endswith(WIDE)} == {torch.bfloat16 if dtype == "auto" else dtype}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what files a process has mapped")
+def test_opened_in_another_dtype_it_keeps_nothing_of_the_file_in_memory(tiny_model, tmp_path):
+    tiny_model(hybrid_override_pattern="M*-").save_pretrained(tmp_path)  # of E, transformers itself keeps something
+    loaded = HybridLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    gc.collect()
+    assert loaded.dtype == torch.bfloat16 and str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(

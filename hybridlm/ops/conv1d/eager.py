@@ -18,7 +18,8 @@ def conv1d(x, weight, bias, *, initial_state=None, seq_idx=None) -> tuple[Tensor
     if t == 1:  # a step of generation: as few operators as can be
         window = torch.cat([before, x], dim=1)
         y = (window * weight.T).sum(1, keepdim=True)
-        return silu(y if bias is None else y + bias).to(x.dtype), window[:, 1:].clone()
+        y = silu(y if bias is None else y + bias)
+        return y if y.dtype == x.dtype else y.to(x.dtype), window[:, 1:].clone()
     final_state = torch.cat([before[:, t:], x[:, max(0, t - k + 1) :]], dim=1)
     if seq_idx is not None:
         document = torch.cat([seq_idx[:, :1].expand(-1, k - 1), seq_idx], dim=1)

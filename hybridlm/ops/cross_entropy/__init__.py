@@ -32,10 +32,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: st
     """
     sizes = check_shapes(("hidden", hidden, "b t d"), ("weight", weight, "v d"))
     check_shape("labels", labels, "b t", sizes)
-    device = hidden.device
-    if has_autocast(device):
-        dtype = torch.get_autocast_dtype(device.type)
+    if has_autocast(hidden):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     run = IMPLEMENTATIONS[resolve("cross_entropy", IMPLEMENTATIONS, backend)]
-    with without_autocast(device):
+    with without_autocast(hidden):
         return run(hidden, weight, labels)

@@ -59,7 +59,7 @@ def ssd(
         raise ValueError(f"ssd: chunk_size must be at least 1; got {chunk_size}.")
     refusal = partial(fused.refusal, x, dt, B, C, chunk_size=chunk_size, backend=backend)
     run = pick("ssd", IMPLEMENTATIONS, backend, x, refusal)
-    with without_autocast(x.device):  # it would narrow the products with the fp32 state
+    with without_autocast(x):  # it would narrow the products with the fp32 state
         return run(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size)
 
 

@@ -32,21 +32,21 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size:
 
 
 def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor, Tensor]:
-    if has_autocast(x.device):
-        with without_autocast(x.device):
+    if has_autocast(x):
+        with without_autocast(x):
             return ssd_step(x, dt, A, B, C, state, D=D, overwrite=overwrite)
-    (b, h, p), dtype = x.shape, x.dtype
-    g, n = B.shape[1:]
-    x, B, C = (m.to(dt.dtype) for m in (x, B, C))
-    decay = torch.exp(dt * A)[..., None, None]
-    update = (dt[..., None] * x).view(b, g, -1, 1)
+    (b, h, p), (g, n), narrow = x.shape, B.shape[1:], x.dtype
+    if narrow != dt.dtype:
+        x, B, C = (m.to(dt.dtype) for m in (x, B, C))
+    decay = torch.exp(dt * A).view(b, h, 1, 1)
+    update = (dt.unsqueeze(-1) * x).view(b * g, -1, 1)
     frozen = state.is_inference() and not torch.is_inference_mode_enabled()
     state = state.mul_(decay) if overwrite and not frozen else decay * state
-    per_group = state.view(b, g, -1, n).addcmul_(update, B[:, :, None])  # b g (r p) n
-    y = (per_group @ C[..., None]).view(b, h, p)
+    per_group = state.view(b * g, -1, n).addcmul_(update, B.reshape(b * g, 1, n))  # (b g) (r p) n
+    y = torch.bmm(per_group, C.reshape(b * g, n, 1)).view(b, h, p)
     if D is not None:
-        y = torch.addcmul(y, D[:, None], x)
-    return y.to(dtype), state
+        y = y.addcmul_(D.unsqueeze(-1), x)
+    return y if narrow == y.dtype else y.to(narrow), state
 
 
 class Chunks(NamedTuple):

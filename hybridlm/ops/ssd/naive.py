@@ -29,6 +29,6 @@ def ssd(x, dt, A, B, C, *, D=None, initial_state=None, seq_idx=None, chunk_size=
 
 
 def ssd_step(x, dt, A, B, C, state, *, D=None, overwrite=False) -> tuple[Tensor, Tensor]:
-    with without_autocast(x.device):
+    with without_autocast(x):
         y, state = ssd(x[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, initial_state=state)
     return y[:, 0], state
