@@ -29,7 +29,7 @@ from hybridlm.ops.cross_entropy import IGNORE
 
 logger = logging.get_logger(__name__)
 
-CPU_PIECE = 1024  # tokens of a long prompt that pass through a layer at a time: what is made of them stays small
+CPU_PIECE = 2048  # tokens of a long prompt that pass through a layer at a time: what is made of them stays small
 
 
 class Block(GradientCheckpointingLayer):
