@@ -17,7 +17,8 @@ def conv1d(x, weight, bias, *, initial_state=None, seq_idx=None) -> tuple[Tensor
     before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state
     if t == 1:  # a step of generation: as few operators as can be
         window = torch.cat([before, x], dim=1)
-        y = (window * weight.T).sum(1, keepdim=True)
+        wide = window.float() if window.element_size() < 4 else window
+        y = (wide * weight.T).sum(1, keepdim=True)
         y = silu(y if bias is None else y + bias)
         return y if y.dtype == x.dtype else y.to(x.dtype), window[:, 1:].clone()
     final_state = torch.cat([before[:, t:], x[:, max(0, t - k + 1) :]], dim=1)

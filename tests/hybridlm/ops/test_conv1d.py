@@ -44,6 +44,14 @@ def test_eager_equals_naive_in_outputs_and_every_gradient(t, with_bias, with_sta
     assert_all_close(eager, naive)
 
 
+@pytest.mark.parametrize("t", [1, 9])
+def test_bf16_is_rounded_once_at_the_end(t):
+    x, weight, bias, state = (m.bfloat16() for m in draw(t, b=50))
+    y, _ = conv1d(x, weight, bias, initial_state=state)
+    exact, _ = conv1d(*(m.double() for m in (x, weight, bias)), initial_state=state.double(), backend="naive")
+    assert y.dtype == torch.bfloat16 and ((y - exact).abs() <= 2**-8 * exact.abs()).all()  # half a unit in the last place
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("backend", ["eager", "naive"])
 def test_equals_torchs_own_causal_convolution(k, backend):
