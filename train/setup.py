@@ -11,6 +11,7 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.shards import Shards, prepare
 from hybridlm.data.sources import split_source
+from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
 from train.config import RunConfig, dump
@@ -83,7 +84,7 @@ def describe(
     print(f"machine     {accelerator.num_processes} process(es) on {accelerator.device}, {config.train.precision}")
     print(f"operators   {', '.join(f'{op} {name}' for op, name in model.ops.backends.items())}")
     print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)
-    if config.train.precision == "bf16" and accelerator.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if config.train.precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
         logger.warning("this CPU has no bf16 units: train.precision=bf16 rounds as bf16 does and is no faster than fp32 here.")
 
 

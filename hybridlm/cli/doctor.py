@@ -83,9 +83,11 @@ def cpu() -> str:
     import psutil
     import torch
 
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    from hybridlm.ops.precision import cpu_has_bf16
+
     memory = scaled(psutil.virtual_memory().total, BYTES)
-    return f"{torch.get_num_threads()} thread(s), {memory}, {'bf16 units' if native else 'no bf16 units: no faster in bf16'}"
+    units = "bf16 units" if cpu_has_bf16() else "no bf16 units: no faster in bf16"
+    return f"{torch.get_num_threads()} thread(s), {memory}, {units}"
 
 
 def cuda() -> str:

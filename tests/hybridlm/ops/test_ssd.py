@@ -92,6 +92,17 @@ def test_a_step_writes_the_state_over_only_when_told(overwrite):
     assert (after.data_ptr() == state.data_ptr()) == overwrite and torch.equal(state, before) != overwrite
 
 
+@pytest.mark.parametrize("with_D", [False, True])
+def test_a_step_equals_naive_in_outputs_and_every_gradient(with_D):
+    both = []
+    for backend in ("eager", "naive"):
+        x, dt, A, B, C, D, state = (m.requires_grad_() for m in draw(1))
+        inputs = (x, dt, A, B, C, state, *([D] if with_D else []))
+        found = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, D=D if with_D else None, backend=backend)
+        both.append((*found, *torch.autograd.grad(sum(m.square().sum() for m in found), inputs)))
+    assert_all_close(*both)
+
+
 @settings(deadline=None, max_examples=30)
 @given(t=st.integers(1, 20), q=st.integers(1, 24), seed=st.integers(0, 99), with_state=st.booleans(), packed=st.booleans())
 def test_the_chunk_size_changes_nothing(t, q, seed, with_state, packed):
