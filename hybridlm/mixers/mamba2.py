@@ -45,15 +45,15 @@ class Mamba2(KeepsWide, nn.Module):
         step = t == 1 and ssm_state is not None
         z, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
         xBC, conv_state = self.conv1d(xBC, context, conv_state)
-        dt = softplus(dt + self.dt_bias)  # in the dtype of dt_bias
+        dt = softplus(dt + self.dt_bias)  # in the dtype of dt_bias, which is fp32 at least
         if self.limit is not None:
             dt = dt.clamp(*self.limit)
         if context.padding is not None:  # a step of length 0 neither decays the state nor adds to it
             dt = dt.masked_fill(context.padding.absent[..., None], 0)
         A = -torch.exp(self.A_log)
         u, B, C = xBC.split(self.convolved, dim=-1)
-        rows = (b,) if step else (b, t)
-        u, B, C = u.reshape(*rows, self.heads, -1), B.reshape(*rows, self.groups, -1), C.reshape(*rows, self.groups, -1)
+        leading = (b,) if step else (b, t)
+        u, B, C = u.reshape(*leading, self.heads, -1), B.reshape(*leading, self.groups, -1), C.reshape(*leading, self.groups, -1)
         if step:
             dt = dt.squeeze(1)
             y, ssm_state = ops.ssd_step(u, dt, A, B, C, ssm_state, D=self.D, overwrite=context.inference)
