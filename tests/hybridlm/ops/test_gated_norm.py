@@ -40,12 +40,11 @@ def test_each_group_is_normalised_by_itself_after_the_gate(backend):
 
 @pytest.mark.parametrize("t", [1, 7])
 @pytest.mark.parametrize("backend", ["eager", "naive"])
-def test_bf16_is_computed_in_fp32(backend, t):
-    x, z, weight = (m.bfloat16() for m in draw(t=t))
+def test_bf16_is_rounded_once_at_the_end(backend, t):
+    x, z, weight = (m.bfloat16() for m in draw(300, t))
     y = gated_norm(x, z, weight, groups=3, backend=backend)
-    true = gated_norm(x.double(), z.double(), weight.double(), groups=3)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, true.bfloat16(), rtol=2**-7, atol=1e-6)
+    exact = gated_norm(x.double(), z.double(), weight.double(), groups=3, backend="naive")
+    assert y.dtype == torch.bfloat16 and ((y - exact).abs() <= 2**-8 * exact.abs()).all()  # half a unit in the last place
 
 
 @pytest.mark.parametrize(
