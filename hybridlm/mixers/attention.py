@@ -77,10 +77,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         rows = zip(*(m.unbind() for m in (q, k, v)), context.documents, strict=True)
         parts = [[m.split(lengths, dim=1) for m in row] for *row, lengths in rows]
         return torch.stack([torch.cat([attend(*document) for document in zip(*row, strict=True)], dim=1) for row in parts])
-    if q.shape[2] > 1 or context.mask is not None or q.requires_grad:
+    if q.shape[2] > 1 or context.mask is not None or q.element_size() < 4:
         alone = context.mask is None and q.shape[2] > 1
         return scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=alone, enable_gqa=True)
-    # One token: the heads of a group in one product with its keys, which are read once.
+    # One token: the heads of a group in one product with its keys, which are read once. Its scores would not be fp32 in bf16.
     by_group = q.reshape(*k.shape[:2], -1, q.shape[-1]) * q.shape[-1] ** -0.5
     return ((by_group @ k.mT).softmax(-1) @ v).view(q.shape)
 

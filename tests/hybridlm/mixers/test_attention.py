@@ -80,3 +80,12 @@ def test_autocast_does_not_narrow_what_is_wide_on_purpose(mixer, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         mixer().float()(torch.randn(2, 9, 32), Context(), None)
     assert seen == [(torch.float32, False)]
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_the_scores_of_one_token_are_not_rounded_to_bf16(units, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: units)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, heads, t, 8).mul(scale).bfloat16() for heads, t, scale in ((4, 1, 10), (2, 50, 1), (2, 50, 1)))
+    y, exact = (attention.sdpa(*inputs, Context()) for inputs in ((q, k, v), (q.double(), k.double(), v.double())))
+    assert (y - exact).abs().max() < 2**-8 * exact.abs().max()
