@@ -1,90 +1,163 @@
 """The checkpoints of a run: whole or not there, checked when read, safetensors and JSON only.
 
-checkpoints/step-<n>/ holds `model/` (a `from_pretrained` folder), `optimizer.safetensors`, `state.json` and, written last,
-`manifest.json` with the sha256 of every other file. A folder appears under its name by one rename, after everything in it has
-reached the disk.
+checkpoints/step-<n>/ holds `model/` (a `from_pretrained` folder), `optimizer.safetensors` (with the random state), `state.json`
+and, written last, `manifest.json` with the sha256 of every other file. A folder appears under its name by one rename, after
+everything in it has reached the disk, and disappears by one rename before anything in it is deleted.
 """
 
-import hashlib
 import json
 import logging
-import os
-import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from train import files
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# What a resume needs besides tensors; `identity` says what the position in the data means, `cursor` is of streamed data.
+STATE = {
+    "step": int, "samples": int, "tokens": int, "identity": dict, "cursor": dict, "spikes": dict, "weights_sha256": str,
+}  # fmt: skip
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    card: str,
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a checkpoint, in memory.
+
+    Attributes:
+        weights: the model's, by name. optimizer: its state by `parameter.slot`, and the random state.
+        state: JSON, the keys of STATE but for the digest. sidecars: the other files of the model folder.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    sidecars: dict[str, bytes]
+
+
+def snapshot(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], sidecars: dict[str, bytes], copy: bool
+) -> Snapshot:
+    """The state of this moment. With `copy` it stays so while training goes on; without, it is to be written at once."""
+
+    def keep(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
+
+    rng = {"rng": torch.get_rng_state()}
+    if next(model.parameters()).device.type == "cuda":
+        rng["rng_cuda"] = torch.cuda.get_rng_state()
+    return Snapshot(keep(model.state_dict()), keep(_optimizer_tensors(model, optimizer)) | rng, state, sidecars)
+
+
+def sidecars(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files of a model folder besides the weights: configuration, generation settings, tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict={})  # no weights: these go through `files`
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def write(run_dir: Path, shot: Snapshot) -> Path:
     """Writes checkpoints/step-<step> and points RUN/model at its model.
 
-    Args:
-        state: JSON: what else a resume needs.
-        card: the model card, in Markdown.
+    Raises:
+        OSError: the disk would not have it. Older checkpoints are as they were; what was written is removed where possible.
     """
+    step = shot.state["step"]
     final = run_dir / "checkpoints" / f"step-{step}"
     if final.exists():
         return final  # the one that this run went on from: `rewind` has left no other
     unfinished = run_dir / "checkpoints" / f".step-{step}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished / "model")
-    tokenizer.save_pretrained(unfinished / "model")
-    (unfinished / "model" / "README.md").write_text(card)
-    save_file(_optimizer_tensors(model, optimizer) | {"rng": torch.get_rng_state()}, unfinished / "optimizer.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    files = sorted(p for p in unfinished.rglob("*") if p.is_file())
-    digests = {p.relative_to(unfinished).as_posix(): _sha256(p) for p in files}
-    (unfinished / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
-    for path in (*files, unfinished / MANIFEST, unfinished / "model", unfinished):
-        _sync(path)
-    unfinished.rename(final)
-    _sync(final.parent)
-    _link(run_dir, final)
+    if unfinished.exists():
+        files.remove(unfinished)
+    try:
+        files.make_folder(unfinished / "model")
+        content: dict[str, Any] = {f"model/{name}": [data] for name, data in shot.sidecars.items()}
+        shards = split_torch_state_dict_into_shards(shot.weights, max_shard_size="5GB")
+        for name, keys in shards.filename_to_tensors.items():
+            content[f"model/{name}"] = _safetensors({key: shot.weights[key] for key in keys})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            content[f"model/{SAFE_WEIGHTS_INDEX_NAME}"] = [json.dumps(index, indent=2).encode()]
+        content["optimizer.safetensors"] = _safetensors(shot.optimizer)
+        state = shot.state | {"weights_sha256": digest(shot.weights)}
+        content["state.json"] = [(json.dumps(state, indent=2, allow_nan=False) + "\n").encode()]
+        digests = {name: files.write(unfinished / name, blocks) for name, blocks in sorted(content.items())}
+        files.write_text(unfinished / MANIFEST, _manifest(digests))
+        files.sync_folder(unfinished / "model")
+        files.sync_folder(unfinished)
+        files.rename(unfinished, final)
+        files.link(Path("checkpoints") / final.name / "model", run_dir / "model")
+    except OSError as error:
+        kept = [f"step-{number}" for number, _ in sorted(_all(run_dir)) if number != step]
+        try:
+            if unfinished.exists():
+                files.remove(unfinished)
+        except OSError:
+            logger.warning("%s is no checkpoint and could not be removed; the next start does", unfinished)
+        raise OSError(
+            error.errno,
+            f"the checkpoint of step {step} could not be written ({error.strerror or error}). "
+            f"The older ones ({', '.join(kept) or 'none yet'}) are as they were; make room or mend the disk, "
+            f"and the same command goes on from the newest",
+            str(error.filename or final),
+        ) from error
     return final
 
 
 def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts weights, optimiser state and RNG back, and returns `state`. Nothing is changed before everything has been checked.
+    """Puts weights, optimiser state and random state back, and returns the rest. Nothing is changed before all is checked.
 
     Raises:
         ValueError: a file is missing or altered, or tensors do not fit the model: all listed.
     """
     if faults := validate(folder):
         raise ValueError(f"{folder} is not a valid checkpoint: {'; '.join(faults)}.")
-    weights = load_file(folder / "model" / "model.safetensors") if (folder / "model" / "model.safetensors").exists() else {}
-    for shard in sorted((folder / "model").glob("model-*.safetensors")):
-        weights |= load_file(shard)
-    tensors = load_file(folder / "optimizer.safetensors")
-    rng = tensors.pop("rng")
-    own = model.state_dict()
-    names: dict[str, torch.Tensor] = {
-        f"{name}.{slot}": p for name, p in model.named_parameters() for slot in ("exp_avg", "exp_avg_sq")
-    }
-    names |= {f"{name}.step": torch.zeros(()) for name, _ in model.named_parameters()}
-    faults = [*_mismatch("weights", own, weights), *_mismatch("optimiser", names, tensors)]
+    state = json.loads((folder / "state.json").read_text())
+    try:
+        weights = {k: v for path in sorted((folder / "model").glob("*.safetensors")) for k, v in load_file(path).items()}
+        tensors = load_file(folder / "optimizer.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is not a valid checkpoint: {error}.") from None
+    rng: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    if "rng_cuda" in tensors and torch.cuda.is_available():
+        rng["rng_cuda"] = torch.cuda.get_rng_state()
+    kept_rng = {name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}
+    want: dict[str, Tensor] = {f"{name}.{slot}": p for name, p in model.named_parameters() for slot in ("exp_avg", "exp_avg_sq")}
+    want |= {f"{name}.step": torch.zeros(()) for name, _ in model.named_parameters()}
+    faults = [*_mismatch("weights", model.state_dict(), weights), *_mismatch("optimiser", want, tensors)]
+    faults += _mismatch("random state", rng, {name: kept_rng[name] for name in rng.keys() & kept_rng.keys()})
     if faults:
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
     model.load_state_dict(weights)
     for name, p in model.named_parameters():
         optimizer.state[p] = {slot: tensors[f"{name}.{slot}"].to(p.device) for slot in ("step", "exp_avg", "exp_avg_sq")}
-    torch.set_rng_state(rng)
-    return json.loads((folder / "state.json").read_text())
+    torch.set_rng_state(kept_rng["rng"])
+    if "rng_cuda" in rng:
+        torch.cuda.set_rng_state(kept_rng["rng_cuda"])
+    if digest(model.state_dict()) != state["weights_sha256"]:
+        raise ValueError(
+            f"the weights in memory are not those that were saved in {folder}: the machine's memory may be at fault."
+        )
+    return state
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -114,37 +187,63 @@ def rewind(run_dir: Path, start_from: Path | None) -> None:
     later = [folder for number, folder in _all(run_dir) if number >= first]
     if later:
         aside = next(p for i in count(1) if not (p := run_dir / "checkpoints" / f"set-aside-{i}").exists())
-        aside.mkdir()
+        files.make_folder(aside)
         for folder in later:
             logger.warning("setting %s aside in %s: the run goes on from %s", folder, aside, start_from or "its start")
-            folder.rename(aside / folder.name)
-    for unfinished in (run_dir / "checkpoints").glob(".step-*.unfinished"):
-        shutil.rmtree(unfinished)
+            files.rename(folder, aside / folder.name)
+    for pattern in (".step-*.unfinished", ".step-*.deleted"):
+        for folder in (run_dir / "checkpoints").glob(pattern):
+            files.remove(folder)
     if start_from and ours:
-        _link(run_dir, run_dir / "checkpoints" / start_from.resolve().name)
-    else:
-        (run_dir / "model").unlink(missing_ok=True)
+        files.link(Path("checkpoints") / start_from.resolve().name / "model", run_dir / "model")
+    elif (run_dir / "model").is_symlink():
+        files.remove(run_dir / "model")
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints."""
-    for _, folder in sorted(_all(run_dir), reverse=True)[keep:]:
-        shutil.rmtree(folder)
+def prune(run_dir: Path, keep: int, every: int | None = None) -> None:
+    """Deletes all but the `keep` newest checkpoints and those of every `every`-th step, the oldest first."""
+    older = sorted(_all(run_dir))[:-keep]
+    for step, folder in older:
+        if every is None or step % every:
+            deleted = folder.with_name(f".{folder.name}.deleted")
+            files.rename(folder, deleted)
+            files.remove(deleted)
 
 
 def validate(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint folder; nothing if it is whole."""
+    """What is wrong with a checkpoint folder, each file by its name; nothing if it is whole."""
     try:
-        digests = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-    faults = []
-    for name, digest in digests.items():
+        text = (folder / MANIFEST).read_text()
+        digests = json.loads(text)["files"]
+        altered = text != _manifest(digests)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    if altered:
+        return [f"{MANIFEST} has been altered"]
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_symlink() or not p.is_dir()} - {MANIFEST}
+    faults = [f"{name} is not in {MANIFEST}: it does not belong here" for name in sorted(there - digests.keys())]
+    for name in sorted({"model/config.json", "optimizer.safetensors", "state.json"} - digests.keys()):
+        faults.append(f"{name} is missing in {MANIFEST}")
+    for name, want in digests.items():
         path = folder / name
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve() != folder.resolve() / name:
+            faults.append(f"{name} leads outside the checkpoint")
+        elif not path.is_file():
             faults.append(f"{name} is missing")
-        elif _sha256(path) != digest:
+        elif _sha256(path) != want:
             faults.append(f"{name} has been altered")
+    return faults or _state_faults(folder)
+
+
+def _state_faults(folder: Path) -> list[str]:
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        faults = [f"state.json has no {key} ({kind.__name__})" for key, kind in STATE.items() if type(state.get(key)) is not kind]
+    except (ValueError, AttributeError, RecursionError) as error:
+        return [f"state.json cannot be read ({error})"]
+    name = folder.resolve().name
+    if not faults and name.startswith("step-") and name != f"step-{state['step']}":
+        faults = [f"state.json is of step {state['step']}: the folder has another's name"]
     return faults
 
 
@@ -153,11 +252,11 @@ def _all(run_dir: Path) -> list[tuple[int, Path]]:
     return [(int(p.name.removeprefix("step-")), p) for p in found if p.name.removeprefix("step-").isdigit()]
 
 
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{name}.{slot}": value for name, p in model.named_parameters() for slot, value in optimizer.state[p].items()}
 
 
-def _mismatch(what: str, want: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> list[str]:
+def _mismatch(what: str, want: dict[str, Tensor], got: dict[str, Tensor]) -> list[str]:
     faults = [f"{what} missing {sorted(want.keys() - got.keys())}"] if want.keys() - got.keys() else []
     if got.keys() - want.keys():
         faults.append(f"{what} unknown {sorted(got.keys() - want.keys())}")
@@ -168,26 +267,46 @@ def _mismatch(what: str, want: dict[str, torch.Tensor], got: dict[str, torch.Ten
     return faults
 
 
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in blocks. The library's own writer copies all tensors into one and keeps Python, and so the training
+    beside it, waiting meanwhile.
+    """
+    # The widest first, so that each stays aligned to its own width.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names and values, in the order of the names."""
+    total = sha256()
+    for name in sorted(tensors):
+        total.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
+        total.update(_bytes(tensors[name]))
+    return total.hexdigest()
+
+
+def _manifest(digests: dict[str, str]) -> str:
+    """Its text; it holds its own digest, so that a flaw in it is not taken for one in the files."""
+    own = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": dict(sorted(digests.items())), "sha256": own}, indent=2) + "\n"
+
+
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    total = sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link(run_dir: Path, checkpoint: Path) -> None:
-    """Points RUN/model at the checkpoint's model: a relative link, swapped in one rename."""
-    fresh = run_dir / ".model.new"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(Path("checkpoints") / checkpoint.name / "model")
-    fresh.replace(run_dir / "model")
-    _sync(run_dir)
+            total.update(block)
+    return total.hexdigest()

@@ -99,6 +99,18 @@ class Train:
     """steps between checkpoints; the last step always has one"""
     keep_checkpoints: Positive = 2
     """how many of the newest checkpoints stay"""
+    keep_every: Positive | None = None
+    """checkpoints of steps that this divides stay for good; default: none"""
+    checkpoint_async: bool = True
+    """write checkpoints behind the training, from a copy of the weights; false: training waits, and there is no copy"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """a loss or gradient that is not finite changes no weight, is written to incidents.jsonl, and stops the run or is skipped"""
+    spike_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """skip steps whose loss is this many standard deviations above the mean of the last spike_window; default: none"""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """steps that a loss is compared with"""
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """seconds after which a rank that gives no sign of life ends the run"""
     val_every: Positive = 250
     """steps between validations; there is one before the first step and one after the last"""
     val_sequences: Positive | None = None

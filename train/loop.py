@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from train import checkpoint
 from train.card import model_card
 from train.config import RunConfig
 from train.optim import adamw, learning_rate, micro_batches
-from train.run import append, check, claim, last_line
+from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
 from train.validation import sample_text, validation_loss
 
@@ -54,6 +54,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     )
 
     # 1. Where to go on from; model, tokenizer and data.
+    held = ExitStack()
+    first_on_main(accelerator, lambda: main and held.enter_context(lock(run_dir)))
     start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
     set_seed(config.seed)
     model = build_model(config, start_from)
@@ -106,8 +108,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     def save() -> None:
         if main:
             card = model_card(config, bare, train_shards.meta["source"], step, tokens, last_line(metrics, "val_loss"))
-            checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity}, card)
-            checkpoint.prune(run_dir, config.train.keep_checkpoints)
+            state = {
+                "step": step, "samples": tokens // config.data.seq_len, "tokens": tokens, "identity": identity, "cursor": {},
+                "spikes": {},
+            }  # fmt: skip
+            files = checkpoint.sidecars(bare, tokenizer) | {"README.md": card.encode()}
+            checkpoint.write(run_dir, checkpoint.snapshot(bare, optimizer, state, files, copy=False))
+            checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)
         accelerator.wait_for_everyone()
 
     # 3. The steps.

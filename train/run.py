@@ -2,14 +2,58 @@
 
 import json
 import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+import filelock
+
 from hybridlm.strict_yaml import load_yaml, parse_yaml
-from train import checkpoint
+from train import checkpoint, files
 from train.config import RunConfig, differences, dump
 
 logger = logging.getLogger(__name__)
+
+
+LOCK, OWNER = ".lock", "owner.json"
+# What a run that was cut off in its first moment may leave.
+TRACES = {LOCK, OWNER, ".config.yaml.unfinished"}
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Keeps every other process from using the directory; the system frees it when this one ends, however it ends.
+
+    Raises:
+        ValueError: another process uses it, or it lies below what is no folder.
+    """
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"run_dir {run_dir}: {there} exists and is no run directory; choose another with --run_dir.")
+    made = [folder for folder in (run_dir, *run_dir.absolute().parents) if not folder.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(run_dir / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        owner = run_dir / OWNER
+        raise ValueError(
+            f"run_dir {run_dir} is in use by another process{f': {owner.read_text().strip()}' if owner.exists() else ''}. "
+            "Wait until it ends, stop it, or choose another with --run_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        (run_dir / OWNER).unlink(missing_ok=True)
+        if not (run_dir / "config.yaml").exists():  # it never became a run: nothing is left of it
+            (run_dir / LOCK).unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
+        held.release()
 
 
 def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | None:
@@ -20,9 +64,8 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
     """
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir() or (run_dir.exists() and any(run_dir.iterdir()) and not file.exists()):
-        raise ValueError(f"run_dir {run_dir}: {there} exists and is no run directory; choose another with --run_dir.")
+    if not file.exists() and run_dir.exists() and {path.name for path in run_dir.iterdir()} - TRACES:
+        raise ValueError(f"run_dir {run_dir}: it exists and is no run directory; choose another with --run_dir.")
     if file.exists():
         if resume == "never":
             raise ValueError(f"run_dir {run_dir} already holds a run, and --resume is never. Choose another with --run_dir.")
@@ -50,17 +93,18 @@ def claim(config: RunConfig, start_from: Path | None, step: int) -> None:
     """Makes the directory this run's own, to go on after `step`. What does not belong to its past is set aside, not lost."""
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
-    run_dir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(run_dir)
+    owner = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    (run_dir / OWNER).write_text(json.dumps(owner) + "\n")
     if file.exists() and (changed := changes(config)):
         for line in changed:
             logger.warning("changed setting: %s", line)
-        file.rename(unused(run_dir / "config-before-change.yaml"))
-    if not file.exists():
-        unfinished = run_dir / ".config.yaml"
-        unfinished.write_text(dump(config))
-        unfinished.replace(file)
+        files.write_text(unused(run_dir / "config-before-change.yaml"), file.read_text())
+        files.replace_text(file, dump(config))
+    elif not file.exists():
+        files.replace_text(file, dump(config))
     checkpoint.rewind(run_dir, start_from)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "incidents.jsonl"):
         drop_after(run_dir / name, step if start_from else -1)
 
 
@@ -92,6 +136,4 @@ def drop_after(file: Path, step: int) -> None:
                 kept.append(text)
         except ValueError:
             logger.warning("%s: dropping a line that was cut off", file)
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text("".join(f"{text}\n" for text in kept))
-    unfinished.replace(file)
+    files.replace_text(file, "".join(f"{text}\n" for text in kept))

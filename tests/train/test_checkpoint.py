@@ -1,11 +1,19 @@
+import errno
+import itertools
+import json
+import os
+import pickle
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hybridlm import HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
-from train import checkpoint
+from train import checkpoint, files
 from train.config import Optim
 from train.optim import adamw
 from train.setup import build_model
@@ -28,8 +36,23 @@ def step(model, optimizer):
     optimizer.zero_grad()
 
 
+def state_of(step):
+    return {"step": step, "samples": 1, "tokens": 12, "identity": {"seed": 0}, "cursor": {}, "spikes": {"losses": [5.0, 4.5]}}
+
+
+def snapshot_of(trained, step=1, copy=True):
+    files = checkpoint.sidecars(trained[0], byte_tokenizer()) | {"README.md": b"# Card"}
+    return checkpoint.snapshot(trained[0], trained[1], state_of(step), files, copy)
+
+
 def save(tmp_path, trained, step=1):
-    return checkpoint.save(tmp_path, step, trained[0], byte_tokenizer(), trained[1], {"tokens": 12}, "# Card")
+    return checkpoint.write(tmp_path, snapshot_of(trained, step))
+
+
+def seal(folder):
+    """A manifest that agrees with the files as they are now."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    (folder / "manifest.json").write_text(checkpoint._manifest({name: checkpoint._sha256(folder / name) for name in names}))
 
 
 def snapshot(trained):
@@ -44,7 +67,8 @@ def test_a_checkpoint_puts_everything_back(tmp_path, trained, make_config):
     torch.manual_seed(99)
     fresh = build_model(make_config())
     optimizer = adamw(fresh, Optim())
-    assert checkpoint.load(folder, fresh, optimizer) == {"step": 1, "tokens": 12}
+    state = checkpoint.load(folder, fresh, optimizer)
+    assert state == state_of(1) | {"weights_sha256": checkpoint.digest(fresh.state_dict())}
     after = snapshot((fresh, optimizer))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -56,34 +80,195 @@ def test_there_is_no_pickle_in_it(tmp_path, trained):
     assert names <= {".json", ".safetensors", ".jinja", ".md"}
 
 
-FILES = [
-    "model/config.json",
-    "model/model.safetensors",
-    "model/tokenizer.json",
-    "optimizer.safetensors",
-    "state.json",
-    "manifest.json",
-]
+def test_the_model_folder_is_what_save_pretrained_writes(tmp_path, trained):
+    folder = save(tmp_path / "run", trained) / "model"
+    trained[0].save_pretrained(tmp_path / "theirs")
+    byte_tokenizer().save_pretrained(tmp_path / "theirs")
+    names = sorted(p.name for p in (tmp_path / "theirs").iterdir())
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "README.md"])
+    for name in names:
+        ours, theirs = folder / name, tmp_path / "theirs" / name
+        if name.endswith(".safetensors"):
+            ours, theirs = (safe_open(str(file), "pt") for file in (ours, theirs))
+            assert ours.metadata() == theirs.metadata()
+            assert set(ours.keys()) == set(theirs.keys())
+            assert all(torch.equal(ours.get_tensor(key), theirs.get_tensor(key)) for key in ours.keys())  # noqa: SIM118
+        else:
+            assert ours.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["delete", "flip", "truncate"])
-def test_every_damage_to_every_file_is_found_and_an_older_whole_one_taken(tmp_path, trained, name, damage, caplog):
+def test_large_weights_come_in_shards_that_open(tmp_path, trained, monkeypatch):
+    split = checkpoint.split_torch_state_dict_into_shards
+    monkeypatch.setattr(
+        checkpoint, "split_torch_state_dict_into_shards", lambda w, max_shard_size: split(w, max_shard_size="20KB")
+    )
+    folder = save(tmp_path, trained)
+    assert len(list((folder / "model").glob("model-*.safetensors"))) > 2
+    opened = HybridLMForCausalLM.from_pretrained(folder / "model")
+    assert all(torch.equal(a, b) for a, b in zip(opened.state_dict().values(), trained[0].state_dict().values(), strict=True))
+    before = snapshot(trained)
+    step(*trained)
+    checkpoint.load(folder, *trained)
+    assert all(torch.equal(before[name], value) for name, value in snapshot(trained).items())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
+)
+def test_tensors_of_every_kind_are_read_back_by_the_library(tmp_path, dtype):
+    tensors = {
+        "b.c": torch.arange(6).reshape(2, 3).t().to(dtype),
+        "a": torch.ones((), dtype=dtype),
+        "z": torch.ones(5),
+        "0": torch.ones(0),
+    }
+    checkpoint.files.write(tmp_path / "t.safetensors", checkpoint._safetensors(tensors))
+    back = load_file(tmp_path / "t.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+
+
+def damage(file, how, rng):
+    data = bytearray(file.read_bytes())
+    if how == "delete":
+        file.unlink()
+    elif how == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+    elif how == "truncate":
+        file.write_bytes(data[: rng.randrange(len(data))])
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        file.write_bytes(data + b"\n")
+
+
+@pytest.mark.parametrize("how", ["delete", "flip", "truncate", "empty", "lengthen"])
+def test_every_damage_to_every_file_is_found_and_named_and_an_older_checkpoint_taken(tmp_path, trained, how, caplog):
     older, newer = save(tmp_path, trained, 1), save(tmp_path, trained, 2)
     assert checkpoint.newest(tmp_path) == newer
-    file = newer / name
-    data = bytearray(file.read_bytes())
-    if damage == "delete":
-        file.unlink()
-    elif damage == "flip":
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
-    else:
-        file.write_bytes(data[:-3])
-    assert checkpoint.newest(tmp_path) == older
-    assert str(newer) in caplog.text
+    rng = random.Random(how)
+    names = sorted(p.relative_to(newer) for p in newer.rglob("*") if p.is_file())
+    assert len(names) == 9
+    for name in names:
+        for _ in range(10 if how == "flip" else 2):
+            content = (newer / name).read_bytes()
+            damage(newer / name, how, rng)
+            (fault,) = checkpoint.validate(newer)
+            assert fault.startswith(str(name))
+            caplog.clear()
+            assert checkpoint.newest(tmp_path) == older
+            assert f"{newer}: {name}" in caplog.text
+            with pytest.raises(ValueError, match=f"not a valid checkpoint: {name}"):
+                checkpoint.load(newer, *trained)
+            (newer / name).write_bytes(content)
+    assert checkpoint.newest(tmp_path) == newer
+
+
+def name_in(older, newer, file):
+    return file.relative_to(newer if newer in file.parents else older).as_posix()
+
+
+def test_files_that_changed_places_are_found_and_named(tmp_path, trained):
+    older = save(tmp_path, trained, 1)
+    step(*trained)
+    newer = save(tmp_path, trained, 2)
+    names = sorted(p.relative_to(newer).as_posix() for p in newer.rglob("*") if p.is_file() and p.name != "manifest.json")
+    pairs = [(newer / a, newer / b) for a, b in itertools.combinations(names, 2)]
+    for a, b in pairs + [(older / name, newer / name) for name in names]:
+        left, right = a.read_bytes(), b.read_bytes()
+        a.write_bytes(right), b.write_bytes(left)
+        found = [*checkpoint.validate(older), *checkpoint.validate(newer)]
+        assert len(found) == 2 * (left != right)
+        if left != right:
+            assert {fault.split(" ")[0] for fault in found} == {name_in(older, newer, file) for file in (a, b)}
+        a.write_bytes(left), b.write_bytes(right)
+
+
+def test_folders_that_changed_places_are_found(tmp_path, trained):
+    older, newer = save(tmp_path, trained, 1), save(tmp_path, trained, 2)
+    older.rename(tmp_path / "other"), newer.rename(older), (tmp_path / "other").rename(newer)
+    for folder, own in ((older, 2), (newer, 1)):
+        assert checkpoint.validate(folder) == [f"state.json is of step {own}: the folder has another's name"]
+
+
+@pytest.mark.parametrize("key", checkpoint.STATE)
+def test_nothing_that_a_resume_needs_may_be_missing(tmp_path, trained, key):
+    folder = save(tmp_path, trained)
+    state = json.loads((folder / "state.json").read_text())
+    del state[key]
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
+    with pytest.raises(ValueError, match=rf"state\.json has no {key}"):
+        checkpoint.load(folder, *trained)
+
+
+def test_a_manifest_that_names_too_little_or_what_lies_outside_is_refused_before_it_is_opened(tmp_path, trained):
+    folder = save(tmp_path, trained)
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    for digests in ({}, {"state.json": "0" * 64}):
+        (folder / "manifest.json").write_text(checkpoint._manifest(digests))
+        assert any("optimizer.safetensors is missing in manifest.json" in fault for fault in checkpoint.validate(folder))
+    for name in ("../../secret", str(secret), "link"):
+        seal(folder)
+        if name == "link":
+            (folder / "link").symlink_to(secret)
+        digests = json.loads((folder / "manifest.json").read_text())["files"] | {name: checkpoint._sha256(secret)}
+        (folder / "manifest.json").write_text(checkpoint._manifest(digests))
+        assert f"{name} leads outside the checkpoint" in checkpoint.validate(folder)
+
+
+def test_a_pickle_in_the_place_of_any_file_or_beside_them_is_refused_and_never_run(tmp_path, trained):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sentinel",))
+
+    folder = save(tmp_path, trained)
+    for name in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()):
+        content, manifest = (folder / name).read_bytes(), (folder / "manifest.json").read_bytes()
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(ValueError, match="not a valid checkpoint"):
+            checkpoint.load(folder, *trained)
+        if name.endswith((".safetensors", "state.json")):  # what is parsed, with a manifest made to fit
+            seal(folder)
+            with pytest.raises(ValueError, match="not a valid checkpoint"):
+                checkpoint.load(folder, *trained)
+        (folder / name).write_bytes(content), (folder / "manifest.json").write_bytes(manifest)
+    for name in ("training_args.bin", "model/pytorch_model.bin", "optimizer.pt", "rng_state.pth", "model/model-2.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(ValueError, match=f"{name} is not in manifest.json: it does not belong here"):
+            checkpoint.load(folder, *trained)
+        (folder / name).unlink()
+    checkpoint.load(folder, *trained)
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_a_safetensors_header_past_all_measure_is_refused(tmp_path, trained):
+    folder = save(tmp_path, trained)
+    (folder / "optimizer.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    seal(folder)
     with pytest.raises(ValueError, match="not a valid checkpoint"):
-        checkpoint.load(newer, *trained)
+        checkpoint.load(folder, *trained)
+
+
+def test_weights_that_are_not_those_that_were_saved_are_found_after_the_load(tmp_path, trained):
+    folder = save(tmp_path, trained)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"weights_sha256": "0" * 64}))
+    seal(folder)
+    with pytest.raises(ValueError, match="weights in memory are not those"):
+        checkpoint.load(folder, *trained)
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(tmp_path, trained):
+    before = snapshot(trained)
+    shot = snapshot_of(trained)
+    step(*trained)
+    checkpoint.load(checkpoint.write(tmp_path, shot), *trained)
+    assert all(torch.equal(before[name], value) for name, value in snapshot(trained).items())
 
 
 def test_a_run_without_a_whole_checkpoint_is_an_error_and_not_a_new_run(tmp_path, trained):
@@ -113,22 +298,83 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_changed(tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("failing", ["_sha256", "_sync", "_link", "save_file"])
-def test_a_save_that_is_cut_off_leaves_a_run_that_goes_on(tmp_path, trained, monkeypatch, failing):
-    older = save(tmp_path, trained, 1)
+class Failing:
+    """Lets `after` operations pass and fails every later one until it is told not to."""
+
+    def __init__(self, after, error):
+        self.left, self.error = after, error
+
+    def __call__(self, operation, *arguments):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(self.error, os.strerror(self.error), str(arguments[0]))
+        return operation(*arguments)
+
+
+def count_operations(tmp_path, trained, monkeypatch):
+    calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, failing, lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            save(tmp_path, trained, 2)
-    assert (tmp_path / "model").resolve() == older.resolve() / "model"
-    found = checkpoint.newest(tmp_path)  # the new one where only the link was missing
-    assert found == tmp_path / "checkpoints" / ("step-2" if failing == "_link" else "step-1")
-    checkpoint.rewind(tmp_path, found)
-    assert (tmp_path / "model").resolve() == found.resolve() / "model"
-    newer = save(tmp_path, trained, 3)
-    assert checkpoint.newest(tmp_path) == newer
-    assert (tmp_path / "model").resolve() == newer.resolve() / "model"
-    assert not list((tmp_path / "checkpoints").glob(".*"))
+        patch.setattr(files, "perform", lambda operation, *a: calls.append(operation.__name__) or operation(*a))
+        save(tmp_path / "counted", trained, 1)
+        save(tmp_path / "counted", trained, 2)
+        checkpoint.prune(tmp_path / "counted", 1)
+    return len(calls)
+
+
+def fail_at_every_operation(tmp_path, trained, monkeypatch, errors):
+    """Each operation of two saves and a pruning fails, and all later ones, with each of the errors that `errors(i)` gives."""
+    total = count_operations(tmp_path, trained, monkeypatch)
+    assert total > 60
+    for i, error in [(n, error) for n in range(total) for error in errors(n)]:
+        run = tmp_path / f"{i}-{error}"
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "perform", Failing(i, error))
+            with pytest.raises(OSError) as caught:
+                for number in (1, 2):
+                    save(run, trained, number)
+                checkpoint.prune(run, 1)
+        assert caught.value.errno == error
+        found = checkpoint.newest(run)
+        checkpoint.rewind(run, found)  # as the next start does
+        assert not list((run / "checkpoints").glob(".*"))
+        if found:
+            assert (run / "model").resolve() == found.resolve() / "model"
+        newer = save(run, trained, 3)
+        assert checkpoint.newest(run) == newer
+        assert (run / "model").resolve() == newer.resolve() / "model"
+
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+
+
+def test_a_disk_that_fails_at_any_operation_is_an_error_and_leaves_a_run_that_goes_on(tmp_path, trained, monkeypatch):
+    fail_at_every_operation(tmp_path, trained, monkeypatch, lambda i: [ERRORS[i % 3]] if i % 4 == 0 else [])
+
+
+@pytest.mark.faults
+def test_a_disk_that_fails_in_any_way_at_any_operation(tmp_path, trained, monkeypatch):
+    fail_at_every_operation(tmp_path, trained, monkeypatch, lambda i: ERRORS)
+
+
+def test_a_save_that_fails_says_what_to_do_and_which_checkpoints_are_whole(tmp_path, trained, monkeypatch):
+    save(tmp_path, trained, 1)
+    monkeypatch.setattr(files, "perform", Failing(9, errno.ENOSPC))
+    with pytest.raises(OSError, match=r"checkpoint of step 2 could not be written \(No space left.*\(step-1\) are as they were"):
+        save(tmp_path, trained, 2)
+
+
+@pytest.mark.parametrize("content", ["nothing", "", "garbage", "dangling"])
+def test_a_resume_does_not_need_the_model_link_and_mends_it(tmp_path, trained, content):
+    folder = save(tmp_path, trained)
+    link = tmp_path / "model"
+    link.unlink()
+    if content == "dangling":
+        link.symlink_to("checkpoints/step-99/model")
+    elif content != "nothing":
+        link.write_text(content)
+    assert checkpoint.newest(tmp_path) == folder
+    checkpoint.rewind(tmp_path, folder)
+    assert link.resolve() == folder.resolve() / "model"
 
 
 def test_going_back_sets_the_later_checkpoints_aside(tmp_path, trained):
@@ -147,6 +393,13 @@ def test_pruning_keeps_the_newest_by_number(tmp_path, trained):
         save(tmp_path, trained, number)
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100"]
+
+
+def test_pruning_leaves_those_of_every_so_many_steps(tmp_path, trained):
+    for number in (2, 3, 4, 6, 7):
+        save(tmp_path, trained, number)
+    checkpoint.prune(tmp_path, 1, every=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-3", "step-6", "step-7"]
 
 
 def test_the_model_link_is_relative_so_that_a_run_can_be_moved(tmp_path, trained):

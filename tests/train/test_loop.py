@@ -351,7 +351,7 @@ def test_validation_and_saving_do_not_count_as_time_of_training(make_config, mon
     monkeypatch.setattr("train.loop.time.perf_counter", lambda: now)
     monkeypatch.setattr(Sampler, "batch", takes(1, Sampler.batch))
     monkeypatch.setattr("train.loop.validation_loss", takes(60, lambda *arguments: (1.0, 1.0)))
-    monkeypatch.setattr("train.loop.checkpoint.save", takes(3600, checkpoint.save))
+    monkeypatch.setattr("train.loop.checkpoint.write", takes(3600, checkpoint.write))
     train(make_config(log__sample_tokens=0))
     assert [line["tokens_per_second"] for line in lines(make_config())] == [4 * 32] * 8
 

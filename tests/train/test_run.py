@@ -1,16 +1,19 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from hybridlm.strict_yaml import load_yaml
-from train.run import append, check, claim, drop_after
+from train.run import LOCK, append, check, claim, drop_after, lock
 
 
 def start(config, resume="auto", allow_config_change=False):
-    """Checks and claims, as a run does."""
-    start_from = check(config, resume, allow_config_change)
-    claim(config, start_from, 0)
+    """Locks, checks and claims, as a run does."""
+    with lock(Path(config.run_dir)):
+        start_from = check(config, resume, allow_config_change)
+        claim(config, start_from, 0)
     return start_from
 
 
@@ -38,7 +41,7 @@ def test_never_refuses_a_run_and_what_is_something_else_is_left_alone(make_confi
     Path(other.run_dir).mkdir()
     (Path(other.run_dir) / "thesis.txt").write_text("years of work")
     for run_dir in (other.run_dir, other.run_dir + "/thesis.txt", other.run_dir + "/thesis.txt/below"):
-        with pytest.raises(ValueError, match="is no run directory"):
+        with pytest.raises(ValueError, match="exists and is no run directory"):
             start(make_config(run_dir=run_dir))
     assert [p.name for p in Path(other.run_dir).iterdir()] == ["thesis.txt"]
 
@@ -66,3 +69,46 @@ def test_lines_of_steps_to_come_and_a_cut_off_line_are_dropped(tmp_path, caplog)
     assert [json.loads(text)["step"] for text in file.read_text().splitlines()] == [1, 2]
     assert "cut off" in caplog.text
     drop_after(tmp_path / "absent.jsonl", 2)
+
+
+def test_a_second_process_is_refused_and_told_who_has_the_directory(make_config):
+    config = make_config()
+    run_dir = Path(config.run_dir)
+    with lock(run_dir):
+        claim(config, None, 0)
+        before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+        with pytest.raises(ValueError, match=rf"(?s)in use by another process.*{os.getpid()}.*--run_dir"), lock(run_dir):
+            pass
+        assert {path: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+    with lock(run_dir):
+        assert (run_dir / "config.yaml").exists()
+    assert not (run_dir / "owner.json").exists()
+
+
+def test_a_lock_is_gone_with_the_process_that_held_it(make_config):
+    run_dir = Path(make_config().run_dir)
+    process = os.fork()
+    if process == 0:
+        with lock(run_dir):
+            claim(make_config(), None, 0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert (run_dir / "owner.json").exists()
+    assert start(make_config()) is None
+
+
+def test_what_never_became_a_run_leaves_nothing_behind(tmp_path):
+    with lock(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / LOCK).exists()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyError), lock(tmp_path / "a"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", ".config.yaml.unfinished"], ["owner.json"]])
+def test_a_run_cut_off_in_its_first_moment_starts_again(make_config, left):
+    Path(make_config().run_dir).mkdir()
+    for name in left:
+        (Path(make_config().run_dir) / name).write_text("")
+    assert start(make_config()) is None
