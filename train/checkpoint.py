@@ -144,7 +144,7 @@ def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     want: dict[str, Tensor] = {f"{name}.{slot}": p for name, p in model.named_parameters() for slot in ("exp_avg", "exp_avg_sq")}
     want |= {f"{name}.step": torch.zeros(()) for name, _ in model.named_parameters()}
     faults = [*_mismatch("weights", model.state_dict(), weights), *_mismatch("optimiser", want, tensors)]
-    faults += _mismatch("random state", rng, {name: kept_rng[name] for name in rng.keys() & kept_rng.keys()})
+    faults += _mismatch("random state", rng, {name: kept_rng[name] for name in kept_rng if name in rng})
     if faults:
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
     model.load_state_dict(weights)
