@@ -250,8 +250,8 @@ def _faults(c: HybridLMConfig) -> list[str]:
     faults = []
     for name in (*SIZES, *MOE_SIZES) if "E" in str(c.hybrid_override_pattern) else SIZES:
         value = getattr(c, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            faults.append(f"{name} must be a whole number of at least 1; got {value!r}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            faults.append(f"{name} must be a whole number of at least 1 and below 2**31; got {value!r}.")
     for name in ("initializer_range", "layer_norm_epsilon", "time_step_min", "time_step_max", "time_step_floor"):
         value = getattr(c, name)
         if not _is_positive(value):
@@ -322,8 +322,8 @@ def _moe_faults(c: HybridLMConfig) -> list[str]:
             f"got {c.num_experts_per_tok}."
         )
     size = c.moe_latent_size
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        faults.append(f"moe_latent_size must be null or a whole number of at least 1; got {size!r}.")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31):
+        faults.append(f"moe_latent_size must be null or a whole number of at least 1 and below 2**31; got {size!r}.")
     if not _is_positive(c.routed_scaling_factor):
         faults.append(f"routed_scaling_factor must be a finite number above 0; got {c.routed_scaling_factor!r}.")
     if not isinstance(c.n_shared_experts, int) or c.n_shared_experts < 1:
