@@ -14,12 +14,12 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hybridlm.data.sampler import Sampler
 from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
 from train import checkpoint
 from train.card import model_card
 from train.config import RunConfig
+from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
 from train.run import append, check, claim, last_line
 from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
@@ -49,7 +49,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     )
     main = accelerator.is_main_process
     run_dir, metrics = Path(config.run_dir), Path(config.run_dir) / "metrics.jsonl"
-    batches = micro_batches(
+    rows = micro_batches(
         config.train.global_batch, config.train.micro_batch, accelerator.process_index, accelerator.num_processes
     )
 
@@ -58,25 +58,25 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     set_seed(config.seed)
     model = build_model(config, start_from)
     tokenizer = build_tokenizer(config, model, start_from)
-    shards = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
-    train_shards, val_shards = shards
-    sampler = Sampler(train_shards, config.data.seq_len, config.seed)
+    opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
+    stream, validation = opened
     optimizer = adamw(model, config.optim)
     rate = learning_rate(config.optim, config.schedule, config.train.steps)
-    step, tokens = 0, 0
-    # What the position in the data means.
-    identity = {"data": train_shards.meta["sha256"], "seq_len": config.data.seq_len, "seed": config.seed}
+    step, tokens, cursor = 0, 0, {}
     if start_from is not None:
         model.to(accelerator.device)
         state = checkpoint.load(start_from, model, optimizer)
         step, tokens = state["step"], state["tokens"]
-        if changed := [key for key, value in identity.items() if state["identity"][key] != value]:
+        cursor = state["cursor"]
+        if changed := stream.changed(state["identity"], tokens // config.data.seq_len):
             raise ValueError(
-                f"{start_from} is of a run with another {' and another '.join(changed)}, so its place in the data means nothing "
-                "here. Restore what it was, or start a new run from its model (--model.init_from)."
+                f"{start_from} is of a run with other data, so its place there means nothing here:\n"
+                + "".join(f"  {line}\n" for line in changed)
+                + "Restore what it was, or start a new run from its model (--model.init_from)."
             )
         if step > config.train.steps:
             raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
+    stream.seek(tokens // config.data.seq_len, cursor)
     accelerator.wait_for_everyone()
     if main:
         claim(config, start_from, step)
@@ -88,16 +88,16 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     peak = peak_flops(device_name, config.train.precision)
     step_flops = training_flops(bare.config, config.data.seq_len)
     if main:
-        describe(config, bare, train_shards, val_shards, accelerator, step)
+        describe(config, bare, stream, validation, accelerator, step)
         start_wandb(accelerator, config)
 
     def validate() -> None:
-        val_loss, bits_per_byte = validation_loss(accelerator, bare, val_shards, config)
-        if main:
-            line = {"step": step, "tokens": tokens, "val_loss": val_loss, "val_bits_per_byte": bits_per_byte}
-            append(metrics, line)
-            accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-            bar.write(f"step {step}: validation loss {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
+        result = validation_loss(accelerator, bare, validation, config, stopping)
+        if main and result is not None:
+            append(metrics, {"step": step, "tokens": tokens, **result})
+            accelerator.log({"tokens": tokens, **result}, step=step)
+            nats, bits = result["val_loss"], result["val_bits_per_byte"]
+            bar.write(f"step {step}: validation loss {nats:.4f} nats/token, {bits:.4f} bits/byte")
             if config.log.sample_tokens:
                 text = sample_text(bare, tokenizer, config)
                 append(run_dir / "samples.jsonl", {"step": step, "prompt": config.log.sample_prompt, "text": text})
@@ -105,8 +105,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
     def save() -> None:
         if main:
-            card = model_card(config, bare, train_shards.meta["source"], step, tokens, last_line(metrics, "val_loss"))
-            checkpoint.save(run_dir, step, bare, tokenizer, optimizer, {"tokens": tokens, "identity": identity}, card)
+            card = model_card(config, bare, ", ".join(stream.names), step, tokens, last_line(metrics, "val_loss"))
+            position = tokens // config.data.seq_len
+            state = {"tokens": tokens, "identity": stream.identity(position), "cursor": stream.cursor(position)}
+            checkpoint.save(run_dir, step, bare, tokenizer, optimizer, state, card)
             checkpoint.prune(run_dir, config.train.keep_checkpoints)
         accelerator.wait_for_everyone()
 
@@ -116,9 +118,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         if step == 0:
             validate()
         logged_tokens, clock = tokens, time.perf_counter()
+        first = tokens // config.data.seq_len  # the position in the data: the number of the next sample
+        left = batches(stream, rows, first, config.train.global_batch, config.train.steps - step, config.data.workers)
         while step < config.train.steps:
-            first = tokens // config.data.seq_len  # the position in the data: the number of the next sample
-            samples = [sampler.batch(first + rows.start, first + rows.stop) for rows in batches]
+            first = tokens // config.data.seq_len
+            samples = next(left)
             counted = sum(int((sample["targets"] != IGNORE).sum()) for sample in samples)
             # One message for both: all ranks stop before the same step.
             targets, stop = accelerator.reduce(torch.tensor([counted, stopping()], device=accelerator.device))
@@ -131,7 +135,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
             total = torch.zeros((), device=accelerator.device)
             for i, sample in enumerate(samples):
-                batch = {name: torch.from_numpy(array).to(accelerator.device) for name, array in sample.items()}
+                batch = {name: tensor.to(accelerator.device) for name, tensor in sample.items()}
                 last = i == len(samples) - 1
                 with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
                     # The mean over all targets of the global batch; data-parallel wrappers average over ranks.
