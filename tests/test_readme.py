@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 import eval.__main__
 import hybridlm.__main__
 import train.__main__
-from hybridlm.data.sampler import Sampler
+from hybridlm.data.blend import Blend
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -81,8 +81,8 @@ def checkout(tmp_path_factory):
 
 def interrupt_in_second_step(patch):
     """Ctrl-C while the batch of the second step is read."""
-    batch, calls = Sampler.batch, count(1)
-    patch.setattr(Sampler, "batch", lambda *a: (next(calls) == 2 and os.kill(os.getpid(), signal.SIGINT)) or batch(*a))
+    batch, calls = Blend.batch, count(1)
+    patch.setattr(Blend, "batch", lambda *a: (next(calls) == 2 and os.kill(os.getpid(), signal.SIGINT)) or batch(*a))
 
 
 def test_the_commands_run_in_their_order(checkout, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from hybridlm.allocator import keep_freed_memory
 from train import status
 from train.config import dump, parse_command_line
 from train.loop import train
+from train.ranks import RanksError
 
 COMMANDS = {"status": status.main}
 
@@ -28,6 +29,9 @@ def main(argv: list[str]) -> int:
             print(dump(config), end="")
             return 0
         train(config, arguments.resume, arguments.allow_config_change)
+    except RanksError as error:  # each rank says what it knows
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)

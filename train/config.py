@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hybridlm import HybridLMConfig
@@ -40,19 +40,50 @@ class Ops:
 
 
 @dataclass(frozen=True, config=settings)
+class BlendEntry:
+    """A source of a blend; what is not said here is as in Data."""
+
+    source: str
+    weight: Annotated[list[Rate], BeforeValidator(lambda weight: weight if isinstance(weight, list) else [weight])]
+    """share of the samples, of any scale: one number, or one for each phase"""
+    revision: str | None = None
+    text_column: str = "text"
+    template: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True, config=settings)
 class Data:
-    source: str = "stdlib"
+    source: str | None = "stdlib"
     """stdlib, a text, JSONL, CSV, Parquet or Arrow file, a folder of one kind, or a hub dataset (name or name:configuration)"""
+    blend: Annotated[list[BlendEntry], Field(min_length=1)] | None = None
+    """several sources instead of one: a list of {source, weight, revision, text_column, template, license}"""
+    phases: tuple[Share, ...] = ()
+    """shares of train.steps at which the next weights of the blend begin: with [0.6, 0.8] each source has three weights"""
+    revision: str | None = None
+    """commit, branch or tag of a hub dataset; default: the newest"""
     val_source: str | None = None
     """where validation comes from; default: the source's own validation split, else its last val_fraction"""
     val_fraction: Share = 0.1
     """share held out of a source that has no validation split: of its documents, or of the characters of a single one"""
     text_column: str = "text"
     """column that holds the text, where the source has columns"""
+    template: str | None = None
+    """text made of several columns instead, such as {title}: {body}"""
+    license: str | None = None
+    """licence of the text, for the record; default: what the dataset says"""
+    bad_documents: Literal["stop", "skip"] = "stop"
+    """what to do at a document that cannot be read or has no text: stop, or skip and count it"""
     tokenizer: str | None = None
     """`bytes`, or folder or hub name of a fast tokenizer; default: that of model.init_from, else bytes"""
     seq_len: Positive = 512
     """predictions in a training window, tokens"""
+    packing: Literal["stream", "best-fit"] = "stream"
+    """stream: documents end to end, cut where a window ends; best-fit: cut only where longer than a window, with some padding"""
+    streaming: bool = False
+    """read and tokenise while training, and keep nothing: for a hub dataset too large for the disk. Not shuffled"""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """processes of each rank that read batches ahead"""
     cache_dir: str = "~/.cache/hybridlm"
     """where tokenised data is kept between runs"""
 
@@ -147,6 +178,8 @@ class RunConfig:
 
 
 SCHEMA = TypeAdapter(RunConfig)
+# What a blend says of each source apart.
+SOURCE_SETTINGS = ("revision", "text_column", "template", "license")
 SECTIONS = {f.name for f in fields(RunConfig) if is_dataclass(f.type)}
 
 
@@ -169,6 +202,9 @@ def parse(values: dict[str, Any]) -> RunConfig:
         faults.append(
             f"schedule: warmup ({schedule.warmup}) and decay ({schedule.decay}) are shares of the run; together at most 1."
         )
+    faults += _data_faults(config.data, values.get("data", {}))
+    if config.data.blend:
+        values = values | {"data": {**values["data"], "source": None}}
     if config.train.precision == "fp8":
         faults.append("train.precision: fp8 is not in this version; use bf16 or fp32.")
     if model.init_from is not None:
@@ -186,6 +222,40 @@ def parse(values: dict[str, Any]) -> RunConfig:
     if faults:
         raise ValueError(_message(faults))
     return _checked(values | {"run_dir": os.path.expanduser(config.run_dir)})
+
+
+def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:
+    faults = []
+    if data.blend and given.get("source") is not None:
+        faults.append("data: set data.source (one source) or data.blend (several), not both.")
+    if not data.blend and data.source is None:
+        faults.append("data: set data.source (one source) or data.blend (several).")
+    if data.blend and (of_one := [k for k in SOURCE_SETTINGS if getattr(data, k) != getattr(Data, k)]):
+        faults.append(f"data.{', data.'.join(of_one)}: with data.blend this is said of each of its sources, in the list.")
+    if data.phases and not data.blend:
+        faults.append("data.phases: they change the weights of a data.blend, and there is none.")
+    if any(a >= b for a, b in zip(data.phases, data.phases[1:])):
+        faults.append(f"data.phases: each must be later than the one before; got {list(data.phases)}.")
+    phases = len(data.phases) + 1
+    wrong = [entry for entry in data.blend or [] if len(entry.weight) not in (1, phases)]
+    for entry in wrong:
+        faults.append(f"data.blend: {entry.source} needs one weight, or {phases}, one for each phase; got {entry.weight}.")
+    for i, weights in enumerate([] if wrong else blend_weights(data)):
+        if not sum(weights):
+            faults.append(f"data.blend: all weights of phase {i + 1} are 0; give at least one source some.")
+    if data.streaming and data.blend:
+        faults.append("data.streaming: it reads one source; set data.source instead of data.blend.")
+    if data.streaming and data.packing != "stream":
+        faults.append(f"data.streaming: {data.packing} packing must know all documents beforehand; set data.packing: stream.")
+    if data.streaming and data.workers:
+        faults.append(f"data.streaming: the stream is read in one process; set data.workers: 0, not {data.workers}.")
+    return faults
+
+
+def blend_weights(data: Data) -> list[list[float]]:
+    """For each phase the weight of each source of the blend."""
+    phases = len(data.phases) + 1
+    return [list(weights) for weights in zip(*(entry.weight * (phases // len(entry.weight)) for entry in data.blend or []))]
 
 
 def _checked(values: dict[str, Any]) -> RunConfig:
@@ -288,9 +358,11 @@ def _type_name(info: Any) -> str:
             return name(get_args(annotation)[0])
         if get_origin(annotation) is Literal:
             return "|".join(get_args(annotation))
+        if get_origin(annotation) in (list, tuple):
+            return f"list of {name(get_args(annotation)[0])}"
         if get_origin(annotation) in (Union, UnionType):
             return " | ".join(name(a) for a in get_args(annotation))
-        return {type(None): "null", dict[str, Any]: "mapping"}.get(annotation) or annotation.__name__
+        return {type(None): "null", dict[str, Any]: "mapping", BlendEntry: "mapping"}.get(annotation) or annotation.__name__
 
     return name(info.annotation)
 
@@ -301,6 +373,7 @@ def _message(faults: list[str]) -> str:
 
 def _unknown(name: str, what: str) -> str:
     known = [known for known, _ in leaves()] + [f.name for f in fields(RunConfig)]
+    known += [f"data.blend.{f.name}" for f in fields(BlendEntry)]
     last = name.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.rsplit(".", 1)[-1] == last]
     return f"unknown {what}{name}{f'; did you mean {near[0]}?' if near else ''}"

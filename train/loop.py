@@ -1,31 +1,38 @@
 """The training loop, from top to bottom."""
 
-import signal
+import math
+import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from hybridlm.data.sampler import Sampler
 from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
+from hybridlm.strict_yaml import parse_yaml
 from train import checkpoint
 from train.card import model_card
-from train.config import RunConfig
+from train.config import RunConfig, dump
+from train.incidents import Spikes, diagnose, merge, record
+from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
+from train.ranks import agree, check_equal, first_on_main, gather, group_timeout, watch
 from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
+from train.signals import stop_signals
+from train.telemetry import gradient_norms, mamba_statistics
 from train.validation import sample_text, validation_loss
 
-T = TypeVar("T")
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
@@ -38,151 +45,212 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     """Trains until `train.steps`, or until a signal asks to stop; either way the last step has a checkpoint.
 
     Raises:
-        ValueError: settings, data or a run directory that do not fit.
+        ValueError: settings, data or a run directory that do not fit; ranks that were not started alike.
         FloatingPointError: a loss or gradient that is not finite; the weights are as before that step.
+        OSError: a checkpoint or a line of metrics that could not be written; older checkpoints are as they were.
+        RanksError: another rank ended or hangs.
     """
     accelerator = Accelerator(
         # Without it, CPU processes under torchrun would not find each other. Other accelerators lack the float64 of SSD's decay.
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
         log_with="wandb" if config.log.wandb else None,
+        kwargs_handlers=[group_timeout(config.train.timeout)],
     )
     main = accelerator.is_main_process
     run_dir, metrics = Path(config.run_dir), Path(config.run_dir) / "metrics.jsonl"
-    batches = micro_batches(
+    rows = micro_batches(
         config.train.global_batch, config.train.micro_batch, accelerator.process_index, accelerator.num_processes
     )
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    agree(accelerator, {"settings": parse_yaml(dump(config)), "resume": resume, **versions})
 
-    # 1. Where to go on from; model, tokenizer and data.
-    held = ExitStack()
-    first_on_main(accelerator, lambda: main and held.enter_context(lock(run_dir)))
-    start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
-    set_seed(config.seed)
-    model = build_model(config, start_from)
-    tokenizer = build_tokenizer(config, model, start_from)
-    shards = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
-    train_shards, val_shards = shards
-    sampler = Sampler(train_shards, config.data.seq_len, config.seed)
-    optimizer = adamw(model, config.optim)
-    rate = learning_rate(config.optim, config.schedule, config.train.steps)
-    step, tokens = 0, 0
-    # What the position in the data means.
-    identity = {"data": train_shards.meta["sha256"], "seq_len": config.data.seq_len, "seed": config.seed}
-    if start_from is not None:
-        model.to(accelerator.device)
-        state = checkpoint.load(start_from, model, optimizer)
-        step, tokens = state["step"], state["tokens"]
-        if changed := [key for key, value in identity.items() if state["identity"][key] != value]:
-            raise ValueError(
-                f"{start_from} is of a run with another {' and another '.join(changed)}, so its place in the data means nothing "
-                "here. Restore what it was, or start a new run from its model (--model.init_from)."
-            )
-        if step > config.train.steps:
-            raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
-    accelerator.wait_for_everyone()
-    if main:
-        claim(config, start_from, step)
+    with watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
+        # 1. Where to go on from; model, tokenizer and data.
+        first_on_main(accelerator, lambda: main and held.enter_context(lock(run_dir)))
+        start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
+        set_seed(config.seed)
+        model = build_model(config, start_from)
+        tokenizer = build_tokenizer(config, model, start_from)
+        opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
+        stream, validation = opened
+        optimizer = adamw(model, config.optim)
+        rate = learning_rate(config.optim, config.schedule, config.train.steps)
+        step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
+        spikes = Spikes(config.train.spike_sigma, config.train.spike_window)
+        if start_from is not None:
+            model.to(accelerator.device)
+            state = checkpoint.load(start_from, model, optimizer)
+            step, samples, tokens = state["step"], state["samples"], state["tokens"]
+            spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
+            if changed := stream.changed(state["identity"], samples):
+                raise ValueError(
+                    f"{start_from} is of a run with other data, so its place there means nothing here:\n"
+                    + "".join(f"  {line}\n" for line in changed)
+                    + "Restore what it was, or start a new run from its model (--model.init_from)."
+                )
+            if step > config.train.steps:
+                raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
+            stream.seek(samples, state["cursor"])
+        first_on_main(accelerator, lambda: claim(config, start_from, step) if main else None)
 
-    # 2. The machine.
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model)
-    device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
-    peak = peak_flops(device_name, config.train.precision)
-    step_flops = training_flops(bare.config, config.data.seq_len)
-    if main:
-        describe(config, bare, train_shards, val_shards, accelerator, step)
-        start_wandb(accelerator, config)
-
-    def validate() -> None:
-        val_loss, bits_per_byte = validation_loss(accelerator, bare, val_shards, config)
+        # 2. The machine.
+        model, optimizer = accelerator.prepare(model, optimizer)
+        bare = accelerator.unwrap_model(model)
+        sidecars = checkpoint.sidecars(bare, tokenizer) if main else {}
+        device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
+        peak = peak_flops(device_name, config.train.precision)
+        step_flops = training_flops(bare.config, config.data.seq_len)
         if main:
-            line = {"step": step, "tokens": tokens, "val_loss": val_loss, "val_bits_per_byte": bits_per_byte}
-            append(metrics, line)
-            accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-            bar.write(f"step {step}: validation loss {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
-            if config.log.sample_tokens:
-                text = sample_text(bare, tokenizer, config)
-                append(run_dir / "samples.jsonl", {"step": step, "prompt": config.log.sample_prompt, "text": text})
-                bar.write(f"  {config.log.sample_prompt + text[:160]!r}")
+            describe(config, bare, stream, validation, accelerator, step)
+            start_wandb(accelerator, config)
+        saver = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
+        saving: Future | None = None
+        stopping = held.enter_context(stop_signals())
+        bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
+        held.callback(bar.close)
 
-    def save() -> None:
-        if main:
-            card = model_card(config, bare, train_shards.meta["source"], step, tokens, last_line(metrics, "val_loss"))
-            state = {
-                "step": step, "samples": tokens // config.data.seq_len, "tokens": tokens, "identity": identity, "cursor": {},
-                "spikes": {},
-            }  # fmt: skip
-            files = checkpoint.sidecars(bare, tokenizer) | {"README.md": card.encode()}
-            checkpoint.write(run_dir, checkpoint.snapshot(bare, optimizer, state, files, copy=False))
+        def log(file: Path, line: dict[str, Any]) -> None:
+            append(file, line)
+            accelerator.log({key: value for key, value in line.items() if key != "step" and value is not None}, step=step)
+
+        def validate() -> None:
+            watching.phase = "validation"
+            result = validation_loss(accelerator, bare, validation, config, stopping)
+            if main and result is not None:
+                log(metrics, {"step": step, "tokens": tokens, **result})
+                nats, bits = result["val_loss"], result["val_bits_per_byte"]
+                bar.write(f"step {step}: validation loss {nats:.4f} nats/token, {bits:.4f} bits/byte")
+                if config.log.sample_tokens:
+                    text = sample_text(bare, tokenizer, config, stopping)
+                    append(run_dir / "samples.jsonl", {"step": step, "prompt": config.log.sample_prompt, "text": text})
+                    bar.write(f"  {config.log.sample_prompt + text[:160]!r}")
+
+        def save() -> None:
+            nonlocal saving
+            watching.phase = "saving"
+            check_equal(accelerator, bare, step)
+            finish_saving()
+            if main:
+                card = model_card(config, bare, ", ".join(stream.names), step, tokens, last_line(metrics, "val_loss"))
+                position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
+                state = {"step": step, "tokens": tokens, "spikes": spikes.state(), **position}
+                files = sidecars | {"README.md": card.encode()}
+                shot = checkpoint.snapshot(bare, optimizer, state, files, copy=config.train.checkpoint_async)
+                saving = saver.submit(store, shot)
+            if not config.train.checkpoint_async:
+                finish_saving()
+
+        def store(shot: checkpoint.Snapshot) -> None:
+            checkpoint.write(run_dir, shot)
             checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)
-        accelerator.wait_for_everyone()
 
-    # 3. The steps.
-    bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
-    with stop_signals() as stopping:
-        if step == 0:
-            validate()
-        logged_tokens, clock = tokens, time.perf_counter()
-        while step < config.train.steps:
-            first = tokens // config.data.seq_len  # the position in the data: the number of the next sample
-            samples = [sampler.batch(first + rows.start, first + rows.stop) for rows in batches]
-            counted = sum(int((sample["targets"] != IGNORE).sum()) for sample in samples)
-            # One message for both: all ranks stop before the same step.
-            targets, stop = accelerator.reduce(torch.tensor([counted, stopping()], device=accelerator.device))
-            if stop:
-                if step > 0:
-                    save()
-                break
-            if targets == 0:
-                raise ValueError(f"step {step + 1}: no position of the batch has a target; the documents are of one token each.")
+        def finish_saving() -> None:
+            """Waits for the checkpoint at work; what went wrong with it is raised on every rank."""
+            first_on_main(accelerator, lambda: saving and saving.result())
 
+        def backward(module: nn.Module, batch: list[dict[str, Tensor]], targets: int) -> Tensor:
+            """Adds to the gradients those of this rank's part of the batch; its part of the loss."""
             total = torch.zeros((), device=accelerator.device)
-            for i, sample in enumerate(samples):
-                batch = {name: torch.from_numpy(array).to(accelerator.device) for name, array in sample.items()}
-                last = i == len(samples) - 1
-                with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
+            for i, inputs in enumerate(batch):
+                own = module is bare or i == len(batch) - 1
+                with nullcontext() if own else accelerator.no_sync(model), accelerator.autocast():
                     # The mean over all targets of the global batch; data-parallel wrappers average over ranks.
-                    part = loss(model, batch).sum() / targets
+                    part = loss(module, inputs).sum() / max(targets, 1)
                     accelerator.backward(part * accelerator.num_processes)
                 total += part.detach()
-            total = accelerator.reduce(total)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip)
-            if not (torch.isfinite(total) and torch.isfinite(grad_norm)):
-                raise FloatingPointError(
-                    f"step {step + 1}: loss {total.item()} and gradient norm {grad_norm.item()} are not both finite. "
-                    f"This step changed no weight. Lower optim.lr ({config.optim.lr}), or look at samples {first} to "
-                    f"{first + config.train.global_batch - 1} of the data."
-                )
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-            optimizer.step()
+            return total
+
+        def report(kind: str, nats: float, grad_norm: float, diagnosis: dict[str, Any]) -> None:
+            """Says and writes to incidents.jsonl that the step changes no weight."""
+            if main:
+                documents = stream.origin(samples, samples + config.train.global_batch)
+                incident = {"step": step + 1, "kind": kind, "samples": samples, "documents": documents, **diagnosis}
+                record(run_dir / "incidents.jsonl", incident)
+                bar.write(f"step {step + 1}: {kind}, loss {nats:.4f}, gradient norm {grad_norm:.4f}: no weight was changed")
+
+        # 3. The steps.
+        (last,) = gather(accelerator, last_line(metrics, "val_loss") if main else None)[:1]
+        if last is None or (last["step"] < step and validation_due(config, step)):
+            validate()
+        left = batches(stream, rows, samples, config.train.global_batch, config.train.steps - step, config.data.workers)
+        saved, logged_tokens, clock = step, tokens, time.perf_counter()
+        while step < config.train.steps:
+            watching.step, watching.phase = step + 1, "training"
+            batch = [{name: tensor.to(accelerator.device) for name, tensor in part.items()} for part in next(left)]
+            counted = sum(int((part["targets"] != IGNORE).sum()) for part in batch)
+            failed = saving is not None and saving.done() and saving.exception() is not None
+            # One message for all three: every rank stops before the same step.
+            message = torch.tensor([counted, stopping(), failed], device=accelerator.device)
+            targets, stop, failed = accelerator.reduce(message).tolist()
+            if failed:
+                finish_saving()
+            if stop:
+                break
+
+            logged = (step + 1) % config.log.every == 0 or step + 1 == config.train.steps
+            watched: AbstractContextManager[dict[str, float]] = nullcontext({})
+            if logged:
+                watched = mamba_statistics(bare, config.data.seq_len)
+            with watched as inside:
+                own = backward(model, batch, targets)
+            nats = accelerator.reduce(own).item()
+            norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            grad_norm = norm.item()
+            finite = math.isfinite(nats) and math.isfinite(grad_norm)
+            if targets == 0:
+                report("no targets", nats, grad_norm, {})
+            elif not finite or spikes.is_spike(nats):
+                found = diagnose(bare, own.item(), grad_norm, lambda: backward(bare, batch, targets))  # noqa: B023
+                report("loss spike" if finite else "not finite", nats, grad_norm, merge(gather(accelerator, found)))
+                if finite:
+                    spikes.skip(nats)
+                elif config.train.on_nonfinite == "stop":
+                    if step > saved:
+                        save()
+                        finish_saving()
+                    raise FloatingPointError(
+                        f"step {step + 1}: loss {nats} and gradient norm {grad_norm} are not both finite. This step changed no "
+                        f"weight; {run_dir / 'incidents.jsonl'} says which documents and layers it was. Lower optim.lr "
+                        f"({config.optim.lr}), mend the data, or skip such steps (--train.on_nonfinite skip)."
+                    )
+            else:
+                if logged:
+                    inside |= {f"grad_norm/{kind}": value for kind, value in gradient_norms(bare).items()}
+                clip_grads_with_norm_(model.parameters(), config.optim.clip, norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(step + 1)
+                optimizer.step()
+                spikes.accept(nats)
             optimizer.zero_grad()
+            step += 1
+            samples += config.train.global_batch
             tokens += config.train.global_batch * config.data.seq_len
 
             bar.update()
-            if step % config.log.every == 0 or step == config.train.steps:
+            if logged:
                 now = time.perf_counter()
                 speed = (tokens - logged_tokens) / (now - clock)
                 line = {
-                    "step": step, "tokens": tokens, "loss": total.item(),
-                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                    "tokens_per_second": speed,
+                    "step": step, "tokens": tokens, "loss": nats if finite else None, "lr": rate(step),
+                    "grad_norm": grad_norm if finite else None, "tokens_per_second": speed,
                     "mfu": speed * step_flops / (peak * accelerator.num_processes) if peak else None,
-                    "memory_bytes": memory_bytes(accelerator.device),
+                    "memory_bytes": memory_bytes(accelerator.device), **inside,
                 }  # fmt: skip
                 if main:
-                    append(metrics, line)
-                    accelerator.log({k: v for k, v in line.items() if v is not None and k != "step"}, step=step)
-                    bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s")
+                    log(metrics, line)
+                    bar.set_postfix_str(f"loss {nats:.3f}, {speed:,.0f} tokens/s")
                 logged_tokens, clock = tokens, now
             paused = time.perf_counter()
-            if step % config.train.val_every == 0 or step == config.train.steps:
+            if validation_due(config, step):
                 validate()
             if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                 save()
+                saved = step
             clock += time.perf_counter() - paused  # validation and saving are not training
-    bar.close()
+        if step > saved:
+            save()
+        finish_saving()
     accelerator.end_training()
     if main:
         ended = "done" if step == config.train.steps else f"stopped at step {step} of {config.train.steps}"
@@ -191,38 +259,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             print("the same command goes on from there")
 
 
-def first_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does `work` on the main process, then on the others; where it is a ValueError there, all of them raise it."""
-    error, result = None, None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except ValueError as fault:
-            error = str(fault)
-    (error,) = broadcast_object_list([error])
-    if error is not None:
-        raise ValueError(error)
-    return result if accelerator.is_main_process else work()  # type: ignore[return-value]
+def validation_due(config: RunConfig, step: int) -> bool:
+    return step % config.train.val_every == 0 or step == config.train.steps
 
 
 def memory_bytes(device: torch.device) -> int:
     """Peak bytes on a GPU; the process's resident bytes on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
-    received: list[int] = []
-
-    def note(number, frame):
-        received.append(number)
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

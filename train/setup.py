@@ -9,12 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
+from hybridlm.data.blend import Blend
+from hybridlm.data.packing import BestFit
+from hybridlm.data.sampler import Sampler
 from hybridlm.data.shards import Shards, prepare
-from hybridlm.data.sources import split_source
+from hybridlm.data.sources import NoSuchSplit, open_source, split_source
+from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
-from train.config import RunConfig, dump
+from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, dump
+from train.loader import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -50,37 +55,90 @@ def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: P
     return tokenizer
 
 
-def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Shards, Shards]:
-    """Training and validation shards.
+def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Stream, list[Shards]]:
+    """The stream of training samples, and the validation shards of each source.
 
     Raises:
         ValueError: no such data, nothing in it to predict, or a token id that the model does not have.
     """
-    data = config.data
-    documents = split_source(data.source, data.val_source, data.val_fraction, data.text_column)
-    train_shards, val_shards = (prepare(d, tokenizer, Path(data.cache_dir).expanduser(), quiet) for d in documents)
-    if len(val_shards) == 2 * len(val_shards.documents):
-        raise ValueError(
-            f"the validation documents of {val_shards.meta['source']} have one token each, so there is nothing to predict; "
-            "give longer ones (data.val_source), or hold out more (data.val_fraction)."
-        )
-    for shards in (train_shards, val_shards):
-        if shards.meta["largest_id"] >= vocab_size:
+    stream: Stream
+    if config.data.streaming:
+        stream, validation = open_streamed(config, tokenizer, vocab_size, quiet)
+    else:
+        stream, validation = open_blend(config, tokenizer, vocab_size, quiet)
+    for shards in validation:
+        _check_vocabulary(shards, vocab_size)
+        if len(shards) == 2 * len(shards.documents):
             raise ValueError(
-                f"{shards.meta['source']} has token id {shards.meta['largest_id']}, past the vocabulary of the model "
-                f"(vocab_size={vocab_size}); set vocab_size to the tokenizer's, or take the model's own tokenizer."
+                f"the validation documents of {shards.meta['source']} have one token each, so there is nothing to predict; "
+                "give longer ones (data.val_source), or hold out more (data.val_fraction)."
             )
+    return stream, validation
+
+
+def open_blend(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Blend, list[Shards]]:
+    """The training samples of one source or several, and their validation shards."""
+    data = config.data
+    single = {key: getattr(data, key) for key in ("source", *SOURCE_SETTINGS)}
+    entries = data.blend or [BlendEntry(**single, weight=[1.0])]
+    pairs = [prepared(entry, data, tokenizer, quiet) for entry in entries]
+    for shards, _ in pairs:
+        _check_vocabulary(shards, vocab_size)
+    packed = {"stream": Sampler, "best-fit": BestFit}[data.packing]
+    samplers = [packed(shards, data.seq_len, config.seed, vocab_size) for shards, _ in pairs]
+    borders = [round(share * config.train.steps) * config.train.global_batch for share in data.phases]
+    # With data.val_source all sources come with the same validation.
+    validation = list({shards.folder: shards for _, shards in pairs}.values())
+    return Blend(samplers, blend_weights(data) or [[1.0]], borders), validation
+
+
+def prepared(entry: BlendEntry, data: Data, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> tuple[Shards, Shards]:
+    """The training and validation shards of a source."""
+    documents = split_source(entry.source, data.val_source, data.val_fraction, entry.text_column)
+    train_shards, val_shards = (prepare(d, tokenizer, Path(data.cache_dir).expanduser(), quiet) for d in documents)
     return train_shards, val_shards
 
 
+def open_streamed(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool
+) -> tuple[Streamed, list[Shards]]:
+    """The training samples of a source that is not kept, and the validation shards, which are."""
+    data = config.data
+    assert data.source is not None
+    stream = Streamed(
+        data.source, open_streaming(data.source, data.revision), lambda row: row.get(data.text_column), tokenizer,
+        data.seq_len, vocab_size, keep=config.train.global_batch, skip_bad=data.bad_documents == "skip",
+    )  # fmt: skip
+    try:
+        held_out = open_source(data.val_source or data.source, "train" if data.val_source else "validation", data.text_column)
+    except NoSuchSplit:
+        raise ValueError(f"data.streaming holds nothing out of {data.source}; set data.val_source.") from None
+    return stream, [prepare(held_out, tokenizer, Path(data.cache_dir).expanduser(), quiet)]
+
+
+def _check_vocabulary(shards: Shards, vocab_size: int) -> None:
+    if shards.meta["largest_id"] >= vocab_size:
+        raise ValueError(
+            f"{shards.meta['source']} has token id {shards.meta['largest_id']}, past the vocabulary of the model "
+            f"(vocab_size={vocab_size}); set vocab_size to the tokenizer's, or take the model's own tokenizer."
+        )
+
+
 def describe(
-    config: RunConfig, model: HybridLMForCausalLM, train_shards: Shards, val_shards: Shards, accelerator: Accelerator, step: int
+    config: RunConfig,
+    model: HybridLMForCausalLM,
+    stream: Stream,
+    validation: list[Shards],
+    accelerator: Accelerator,
+    step: int,
 ) -> None:
     batch = config.train.global_batch * config.data.seq_len
-    total = config.train.steps * batch
+    samples = config.train.steps * config.train.global_batch
     print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.hybrid_override_pattern}")
-    print(f"data        {train_shards.meta['source']}: {len(train_shards):,} tokens; validation {len(val_shards):,}")
-    print(f"training    {config.train.steps:,} steps of {batch:,} tokens = {total / len(train_shards):.2f} epochs")
+    for line in stream.summary(samples):
+        print(f"data        {line}")
+    print(f"validation  {sum(map(len, validation)):,} tokens")
+    print(f"training    {config.train.steps:,} steps of {batch:,} tokens")
     print(f"machine     {accelerator.num_processes} process(es) on {accelerator.device}, {config.train.precision}")
     print(f"operators   {', '.join(f'{op} {name}' for op, name in model.ops.backends.items())}")
     print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)

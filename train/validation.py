@@ -1,6 +1,8 @@
 """How well the model does on text that is held out, and what it writes."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,44 +18,86 @@ from train.config import RunConfig
 
 
 def validation_loss(
-    accelerator: Accelerator, model: HybridLMForCausalLM, shards: Shards, config: RunConfig
-) -> tuple[float, float]:
-    """Nats per token and bits per byte over `val_sequences` windows, spread evenly; each rank scores its share."""
+    accelerator: Accelerator,
+    model: HybridLMForCausalLM,
+    sources: list[Shards],
+    config: RunConfig,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """How well the model predicts `val_sequences` windows, spread evenly over all sources; each rank scores its share.
+
+    Args:
+        stopping: asked between batches; as soon as it is so on one rank, nobody needs the result.
+
+    Returns:
+        `val_loss` (nats per token) and `val_bits_per_byte`, and of several sources `val_loss_by_source` as well, by name (None
+        where no window is of it). None on every rank where one of them stopped early.
+    """
     size = config.data.seq_len
-    starts = np.concatenate([[0], shards.documents[:-1, 0]])
-    lengths = shards.documents[:, 0] - starts - 1  # an end token is no text: it is left out, as in every evaluation
-    upto = np.cumsum(-(-(lengths - 1) // size))  # windows in the documents up to and with each
+    every = [_windows(shards, size) for shards in sources]
+    upto = np.cumsum([len(windows) for windows in every])  # windows in the sources up to and with each
     wanted = np.arange(upto[-1])
     if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
         wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
+    mine = wanted[accelerator.process_index :: accelerator.num_processes]
 
-    def window(number: int) -> np.ndarray:
-        document = np.searchsorted(upto, number, side="right")
-        within = number - (upto[document - 1] if document else 0)
-        first, end = starts[document] + within * size, starts[document] + lengths[document]
-        return shards.read(np.arange(first, min(first + size + 1, end)))
-
-    chosen = [window(number) for number in wanted[accelerator.process_index :: accelerator.num_processes]]
-    total = sum(len(ids) - 1 for ids in chosen)
-    bar = tqdm(total=total, desc="validation", unit="token", leave=False, disable=not accelerator.is_main_process)
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    if chosen:
+    # Nats and predicted tokens of each source, and in the last row whether this rank was stopped.
+    sums = np.zeros((len(sources) + 1, 2))
+    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
+    batch_size = max(1, 8192 // size)
+    for first in range(0, len(mine), batch_size):
+        if stopping():
+            sums[-1] = 1
+            break
+        numbers = mine[first : first + batch_size]
+        source = np.searchsorted(upto, numbers, side="right")
+        windows = [every[s][n - upto[s]] for s, n in zip(source, numbers, strict=True)]  # counted from the source's end
+        ids = [sources[s].read(np.arange(*window)) for s, window in zip(source, windows, strict=True)]
         with accelerator.autocast():
-            result = score(model, chosen, size, bytes=0, batch_size=max(1, 8192 // size), advance=bar.update)
-        sums += torch.tensor([result.nats.sum(), result.tokens.sum()], device=accelerator.device)
+            result = score(model, ids, size, bytes=0, batch_size=batch_size)
+        np.add.at(sums, source, np.stack([result.nats, result.tokens], axis=-1))
+        bar.update(len(numbers))
     bar.close()
-    nats, tokens = accelerator.reduce(sums).tolist()
-    predicted = len(shards) - 2 * len(shards.documents)
-    return nats / tokens, nats / tokens / math.log(2) * predicted / shards.meta["bytes"]
+    sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
+    if sums[-1].any():
+        return None
+    nats, tokens = sums.sum(0).tolist()
+    predicted = sum(len(shards) - 2 * len(shards.documents) for shards in sources)
+    bits_per_byte = nats / tokens / math.log(2) * predicted / sum(shards.meta["bytes"] for shards in sources)
+    line = {"val_loss": nats / tokens, "val_bits_per_byte": bits_per_byte}
+    if len(sources) > 1:
+        parts = zip(sources, sums.tolist())
+        line["val_loss_by_source"] = {
+            shards.meta["source"]: nats / tokens if tokens else None for shards, (nats, tokens) in parts
+        }
+    return line
+
+
+def _windows(shards: Shards, size: int) -> np.ndarray:
+    """(windows, 2) int64: where each window of up to size + 1 tokens begins and ends."""
+    starts = np.concatenate([[0], shards.documents[:-1, 0]])
+    ends = shards.documents[:, 0] - 1  # an end token is no text: it is left out, as in every evaluation
+    counts = -(-(ends - starts - 1) // size)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = np.repeat(starts, counts) + within * size
+    return np.stack([first, np.minimum(first + size + 1, np.repeat(ends, counts))], axis=-1)
 
 
 @torch.no_grad()
-def sample_text(model: HybridLMForCausalLM, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str:
-    """What the model makes of the prompt. The run's own random numbers are left as they were."""
+def sample_text(
+    model: HybridLMForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    stopping: Callable[[], bool] = lambda: False,
+) -> str:
+    """What the model makes of the prompt, until `stopping`. The run's own random numbers are left as they were."""
     prompt = tokenizer(config.log.sample_prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        ids: Tensor = model.generate(prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50)  # type: ignore[misc, assignment]
+        ids: Tensor = model.generate(  # type: ignore[misc, assignment]
+            prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50,
+            stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopping(), dtype=torch.bool)],
+        )  # fmt: skip
     model.train()
     return str(tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True))

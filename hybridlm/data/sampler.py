@@ -7,6 +7,7 @@ carried over into the next. Within an epoch the windows come in a shuffled order
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,11 +17,24 @@ from hybridlm.ops.cross_entropy import IGNORE
 
 @dataclass(frozen=True)
 class Sampler:
-    """Windows of `seq_len` predictions from `shards`, in the order that `seed` gives."""
+    """Windows of `seq_len` predictions from one source, in the order that `seed` gives.
+
+    Attributes:
+        vocab_size: every token is checked to be below it when it is read, for shards can be damaged after they were written.
+    """
 
     shards: Shards
     seq_len: int
     seed: int
+    vocab_size: int
+    packing: ClassVar[str] = "stream"
+
+    def __post_init__(self):
+        if len(self.shards) == len(self.shards.documents):
+            raise ValueError(
+                f"the documents of {self.shards.meta['source']} have one token each, so there is nothing to predict; "
+                "leave this source out, or give longer documents."
+            )
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -34,22 +48,61 @@ class Sampler:
         """Which window of the stream is the sample of this number."""
         epoch = sample * self.seq_len // len(self.shards)
         first = self.first_window(epoch)
-        return first + permute(sample - first, self.first_window(epoch + 1) - first, key=self.seed * 1_000_003 + epoch)
+        return first + permute(sample - first, self.first_window(epoch + 1) - first, self.key(epoch))
+
+    def key(self, epoch: int) -> int:
+        """What the order of the windows in an epoch is made from."""
+        return self.seed * 1_000_003 + epoch
+
+    def inputs(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The places of a sample's inputs in the shards, and to which piece of the sample each belongs, both (t) int64.
+
+        A piece is what stands together of one document; pieces are numbered from 0.
+        """
+        stream = self.window(number) * self.seq_len + np.arange(self.seq_len)
+        epoch, position = np.divmod(stream, len(self.shards))
+        document = np.searchsorted(self.ends, position, side="right") + epoch * len(self.ends)
+        return position, document - document[0]
 
     def sample(self, number: int) -> dict[str, np.ndarray]:
-        """`input_ids`, `targets` (-100 where the next token is of another document) and `seq_idx`, each (t) int64."""
-        total = len(self.shards)
-        stream = self.window(number) * self.seq_len + np.arange(self.seq_len + 1)
-        epoch, position = np.divmod(stream, total)
-        tokens = self.shards.read(position)
-        document = np.searchsorted(self.ends, position, side="right") + epoch * len(self.ends)
-        targets = np.where(document[1:] == document[:-1], tokens[1:], IGNORE)
-        return {"input_ids": tokens[:-1], "targets": targets, "seq_idx": document[:-1] - document[0]}
+        """`input_ids`, `targets` (-100 where the next token is of another document) and `seq_idx`, each (t) int64.
 
-    def batch(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Samples start … stop - 1, stacked: each (b t)."""
-        samples = [self.sample(number) for number in range(start, stop)]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        Raises:
+            ValueError: a token that the model does not have.
+        """
+        position, piece = self.inputs(number)
+        predicts = self.predicts(position)
+        targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
+        targets[predicts] = self.read(position[predicts] + 1)
+        return {"input_ids": self.read(position), "targets": targets, "seq_idx": piece}
+
+    def predicts(self, position: np.ndarray) -> np.ndarray:
+        """Whether the token behind each place is of the same document."""
+        return position + 1 < self.ends[np.searchsorted(self.ends, position, side="right")]
+
+    def read(self, position: np.ndarray) -> np.ndarray:
+        tokens = self.shards.read(position)
+        if (wrong := (tokens < 0) | (tokens >= self.vocab_size)).any():
+            i = int(wrong.argmax())
+            document, offset = self.locate(position[i])
+            raise ValueError(
+                f"{self.shards.meta['source']}: token id {tokens[i]} at offset {offset} of document {document} is not in the "
+                f"model's vocabulary (vocab_size={self.vocab_size}). The prepared data has been damaged; delete it from "
+                "data.cache_dir and start again."
+            )
+        return tokens
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The document of a place in the shards, and the offset there."""
+        document = int(np.searchsorted(self.ends, position, side="right"))
+        return document, int(position) - (int(self.ends[document - 1]) if document else 0)
+
+    def origin(self, number: int) -> list[dict[str, int]]:
+        """The documents of which a sample predicts tokens, in its order: number, and offset of the first token of the piece."""
+        position, piece = self.inputs(number)
+        predicts = self.predicts(position)
+        first = np.unique(piece[predicts], return_index=True)[1]
+        return [dict(zip(("document", "offset"), self.locate(p), strict=True)) for p in position[predicts][first]]
 
 
 def permute(i: int, size: int, key: int) -> int:

@@ -38,7 +38,7 @@ def test_fewer_windows_are_spread_evenly_over_the_held_out_text(make_config, mon
     """The first and the last window are among them, and the gaps are equal to rounding."""
     config = make_config(train__val_sequences=count)
     model = build_model(config)
-    shards = open_data(config, build_tokenizer(config, model), 258, quiet=True)[1]
+    shards = open_data(config, build_tokenizer(config, model), 258, quiet=True)[1][0]
     scored = {}
 
     def score(model, documents, size, **rest):
@@ -48,7 +48,7 @@ def test_fewer_windows_are_spread_evenly_over_the_held_out_text(make_config, mon
         return real(model, documents, size, **rest)
 
     monkeypatch.setattr("train.validation.score", score)
-    validation_loss(Accelerator(cpu=True), model, shards, config)
+    validation_loss(Accelerator(cpu=True), model, [shards], config)
     every = []
     start = 0
     for end in shards.documents[:, 0]:

@@ -1,0 +1,66 @@
+"""The batches of a rank, read in its own process or ahead of it in others."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hybridlm.data.blend import Blend
+from hybridlm.data.streaming import Streamed
+
+# What gives samples by number, and says what its numbers mean; both have the same methods.
+Stream = Blend | Streamed
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The micro-batches of step 0 … count - 1, for torch's loader."""
+
+    stream: Stream
+    rows: list[range]
+    first: int
+    global_batch: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> list[dict[str, Tensor]]:
+        base = self.first + step * self.global_batch
+        batches = [self.stream.batch(base + rows.start, base + rows.stop) for rows in self.rows]
+        return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
+
+
+def batches(
+    stream: Stream, rows: list[range], first: int, global_batch: int, count: int, workers: int
+) -> Iterator[list[dict[str, Tensor]]]:
+    """For each of `count` steps the micro-batches of this rank, each tensor (b t) int64; the same for any number of workers.
+
+    Args:
+        rows: sample numbers within a global batch, one range a micro-batch (train.optim.micro_batches).
+        first: the number of the first sample of the first step.
+        workers: processes that read ahead; with 0, a step is read when it is asked for.
+
+    Raises:
+        RuntimeError: a worker has died.
+    """
+    return iter(
+        DataLoader(
+            _Steps(stream, rows, first, global_batch, count),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            # Else it would draw from the generator of the run.
+            generator=torch.Generator(),
+            # A forked worker shares the memory maps; to another they would be sent, token for token.
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_leave_the_group,
+        )
+    )
+
+
+def _leave_the_group(worker: int) -> None:
+    """Ctrl-C and signals to the whole group are for the process that trains: it still wants batches, and ends its workers."""
+    os.setsid()
