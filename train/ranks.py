@@ -110,8 +110,8 @@ def first_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def check_equal(accelerator: Accelerator, model: nn.Module, step: int) -> None:
-    """Compares the parameters and buffers of all ranks, bit for bit, for before a checkpoint is written. Sharded ones (DTensor) are
-    left out: each part of them is on one rank only.
+    """Compares the parameters and buffers of all ranks, bit for bit, for before a checkpoint is written. Sharded ones (DTensor)
+    are left out: each part of them is on one rank only.
 
     Raises:
         RanksError: on all ranks; names ranks and tensors that differ.
@@ -172,7 +172,7 @@ class Watch:
         self.over = threading.Event()
 
     def _process(self, rank: int) -> psutil.Process | None:
-        """The process of a rank, if on this machine. Containers may share a host's name and not its pids: its start must fit too."""
+        """The process of a rank, if on this machine. Containers may share a host's name, so its start must fit too."""
         who = self.who[rank]
         try:
             process = psutil.Process(who["pid"])
