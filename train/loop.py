@@ -65,7 +65,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     agree(accelerator, {"settings": parse_yaml(dump(config)), "resume": resume, **versions})
 
-    with watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
+    # Signals are let go last: a launcher sends SIGTERM while `watch` finds out which rank ended.
+    with ExitStack() as signals, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
         # 1. Where to go on from; model, tokenizer and data.
         first_on_main(accelerator, lambda: main and held.enter_context(lock(run_dir)))
         start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
@@ -106,7 +107,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             start_wandb(accelerator, config)
         saver = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         saving: Future | None = None
-        stopping = held.enter_context(stop_signals())
+        stopping = signals.enter_context(stop_signals())  # only from here on: what came before is not worth a wait
         bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         held.callback(bar.close)
 

@@ -1,0 +1,164 @@
+"""The loop on two processes: they stop together, fail together, and say who it was."""
+
+import json
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.__main__
+from train.config import dump
+from train.loop import next_token_loss
+from train.loop import train as train_run
+
+
+def checkpoints(config):
+    return sorted(p.name for p in (Path(config.run_dir) / "checkpoints").iterdir())
+
+
+def at_step(step, action, rank):
+    """A loss that does `action` on one rank in this step."""
+    calls = 0
+
+    def loss(model, batch):
+        nonlocal calls
+        calls += model.training
+        nats = next_token_loss(model, batch)
+        if calls == step and model.training and int(os.environ["RANK"]) == rank:
+            calls += 100
+            return action(nats)
+        return nats
+
+    return loss
+
+
+def start(config, loss=next_token_loss, **arguments):
+    """What `python -m train` does, with its exit status, on a rank of its own."""
+
+    def work(rank):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.__main__, "train", lambda *a: train_run(*a, loss=loss))
+            file = Path(config.run_dir).with_suffix(f".{rank}.yaml")
+            file.write_text(dump(config))
+            status = train.__main__.main(["--config", str(file)])
+            sys.stdout.flush(), sys.stderr.flush()
+            if status:
+                os._exit(status)
+
+    return work
+
+
+def killed(number):
+    return lambda nats: os.kill(os.getpid(), number) or nats
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_exit_0(make_config, run_ranks, rank):
+    config = make_config()
+    ended = run_ranks(2, start(config, at_step(3, killed(signal.SIGTERM), rank)))
+    assert [one.status for one in ended] == [0, 0], ended
+    assert checkpoints(config) == ["step-3"]
+    assert "stopped at step 3 of 8" in ended[0].out
+    signs = [json.loads((Path(config.run_dir) / f"ranks/rank-{k}.json").read_text()) for k in (0, 1)]
+    assert [(sign["state"], sign["step"]) for sign in signs] == [("done", 4), ("done", 4)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other_with_its_name(make_config, run_ranks, rank):
+    config = make_config(train__checkpoint_every=2)
+    ended = run_ranks(2, start(config, at_step(4, killed(signal.SIGKILL), rank)))
+    other = ended[1 - rank]
+    assert (ended[rank].status, other.status) == (-signal.SIGKILL, 1)
+    assert re.search(rf"rank {rank} \(.*\), seen at step [0-4] \(.*\), ended without a word", other.err)
+    assert other.at - ended[rank].at < 5
+    whole = make_config(run_dir=config.run_dir + "-whole")
+    assert [one.status for one in run_ranks(2, start(config))] == [0, 0]
+    assert [one.status for one in run_ranks(2, start(whole))] == [0, 0]
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(Path(c.run_dir) / "checkpoints/step-8" / file) for c in (config, whole))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.faults
+def test_a_rank_that_is_stopped_ends_the_other_at_the_timeout(make_config, run_ranks):
+    config = make_config(train__timeout=3)
+    ended = run_ranks(2, start(config, at_step(4, killed(signal.SIGSTOP), 1)))
+    assert ended[0].status == 1
+    assert re.search(
+        r"rank 1 \(.*\) has given no sign of life for 3 s", ended[0].err
+    )
+
+
+@pytest.mark.faults
+def test_what_is_not_finite_on_one_rank_changes_the_weights_of_none_and_the_rank_is_named(make_config, run_ranks):
+    config = make_config(train__on_nonfinite="skip", train__checkpoint_every=1, train__keep_checkpoints=8)
+    ended = run_ranks(2, start(config, at_step(3, lambda nats: nats * math.nan, 1)))
+    assert [one.status for one in ended] == [0, 0], ended
+    (incident,) = map(json.loads, (Path(config.run_dir) / "incidents.jsonl").read_text().splitlines())
+    assert (incident["step"], incident["rank"], incident["repeatable"]) == (3, 1, False)
+    before, after = (load_file(Path(config.run_dir) / f"checkpoints/step-{step}/model/model.safetensors") for step in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.faults
+def test_weights_that_part_by_one_bit_are_not_saved(make_config, run_ranks):
+    config = make_config()
+
+    def flipping(model, batch):
+        calls.append(model.training)
+        if calls.count(True) == 3 and os.environ["RANK"] == "1":
+            weight = dict(model.named_parameters())["module.backbone.norm_f.weight"]
+            weight.data.view(torch.int32)[0] ^= 1
+        return next_token_loss(model, batch)
+
+    calls = []
+    ended = run_ranks(2, start(config, flipping))
+    assert [one.status for one in ended] == [1, 1]
+    for one in ended:
+        assert re.search(r"(?s)no longer equal; nothing was saved.*rank 1 .*: backbone\.norm_f\.weight", one.err)
+    assert checkpoints(config) == [] if (Path(config.run_dir) / "checkpoints").exists() else True
+
+
+@pytest.mark.faults
+def test_ranks_with_other_settings_are_told_apart_before_anything_is_done(make_config, run_ranks):
+    config = make_config()
+
+    def work(rank):
+        start(make_config(optim__lr=0.01 + rank))(rank)
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [2, 2]
+    assert "rank 1: settings.optim.lr: 0.01 -> 1.01" in ended[0].err
+    assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full_ends_all_ranks_and_leaves_the_older_checkpoint(make_config, run_ranks):
+    config = make_config(train__checkpoint_every=2)
+
+    def work(rank):
+        from train import files
+
+        perform, count = files.perform, 0
+
+        def full(operation, *arguments):
+            nonlocal count
+            count += ".step-4" in str(arguments[0])
+            if count > 5:
+                raise OSError(28, "No space left on device", str(arguments[0]))
+            return perform(operation, *arguments)
+
+        files.perform = full
+        start(config)(rank)
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [1, 1]
+    assert "checkpoint of step 4 could not be written (No space left on device)" in ended[0].err
+    assert "step-2" in checkpoints(config) and "step-4" not in checkpoints(config)
