@@ -14,7 +14,7 @@ from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from time import monotonic, sleep, time
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import torch
@@ -27,7 +27,7 @@ from train.config import differences
 
 T = TypeVar("T")
 BEAT = 0.5  # seconds between two signs of life
-GRACE = 2.0  # seconds in which the main thread may find out by itself, from a failed collective, that a rank has ended
+GRACE = 1.0  # seconds in which the main thread may find out by itself, from a failed collective, that a rank has ended
 SEARCH = 3.0  # seconds in which the rank that ended is looked for when a collective has failed
 NEIGHBOURS = 8  # ranks that a rank looks after: the others of its machine, as a rule; all after all would be n^2 files
 BLOCK = 2**17  # elements of a tensor that are summed at a time
@@ -291,9 +291,11 @@ class Watch:
             + self.too()
         )
 
-    def end(self, message: str) -> None:
-        """Ends the process from the thread: the main one may be in a collective that never returns."""
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    def end(self, message: str, raised: BaseException | None = None) -> NoReturn:
+        """Says why and ends the process here: the main thread may be in a collective that never returns, and to take down torch
+        takes seconds in which the launcher's SIGTERM comes. What was `raised` here is said too, should it be another fault."""
+        sys.stdout.flush()
+        print(f"error: {message}" + (f"\n(raised here: {raised})" if raised else ""), file=sys.stderr, flush=True)
         self.last_words(f"followed: {message}")
         os._exit(1)
 
@@ -310,11 +312,8 @@ def watch(accelerator: Accelerator, run_dir: Path, timeout: float) -> Iterator[W
 
     Each rank writes RUN/ranks/rank-<k>.json every half second, as soon as RUN is a run's directory, and looks at the next few
     ranks. Where one of them ended, or was silent for `timeout` seconds by this rank's own clock, or a step takes longer, this
-    process says so on stderr and ends with status 1. Where the directory is not shared, missing files mean nothing. With one
-    process nothing is written or watched.
-
-    Raises:
-        SystemExit: a collective failed because another rank ended; that it did has been said.
+    process says so on stderr and ends with status 1; so it does in place of the RuntimeError of a collective that a rank's end
+    has broken. Where the directory is not shared, missing files mean nothing. With one process nothing is written or watched.
     """
     watching = Watch(accelerator, run_dir, timeout)
     if accelerator.num_processes == 1:
@@ -328,13 +327,10 @@ def watch(accelerator: Accelerator, run_dir: Path, timeout: float) -> Iterator[W
         accelerator.wait_for_everyone()  # a rank that is gone has then died, not finished
     except BaseException as error:
         watching.leaving = True
-        state = f"failed: {type(error).__name__}: {error}"
         # What all ranks raise alike needs no search for one that broke it.
         if isinstance(error, RuntimeError) and not isinstance(error, RanksError) and (message := watching.search()):
-            state = f"followed: {message}"
-            # Said here, not by who catches it: SIGTERM may come first. With what was raised, should that be another fault.
-            print(f"error: {message}\n(here came: {error})", file=sys.stderr, flush=True)
-            raise SystemExit(1) from error
+            watching.end(message, error)
+        state = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
         watching.over.set()

@@ -69,7 +69,7 @@ def run_ranks(tmp_path):
     """Runs `work(rank)` in processes of one process group, forked from this one: to import torch anew would take seconds."""
 
     def run(ranks: int, work: Callable[[int], None], limit: float = 30, launcher: bool = False) -> list[Ended]:
-        """With a `launcher` the others get SIGTERM when one fails, as from torchrun. Stopped ones that are left over are killed."""
+        """With a `launcher` the others get SIGTERM when one fails, as from torchrun. Stopped ones that are left are killed."""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         pids = [_fork(rank, ranks, port, work, tmp_path / f"rank-{rank}") for rank in range(ranks)]

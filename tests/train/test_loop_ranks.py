@@ -91,9 +91,7 @@ def test_a_rank_that_is_stopped_ends_the_other_at_the_timeout(make_config, run_r
     config = make_config(train__timeout=3)
     ended = run_ranks(2, start(config, at_step(4, killed(signal.SIGSTOP), 1)))
     assert ended[0].status == 1
-    assert re.search(
-        r"rank 1 \(.*\) has given no sign of life for 3 s", ended[0].err
-    )
+    assert re.search(r"rank 1 \(.*\) has given no sign of life for 3 s", ended[0].err)
 
 
 @pytest.mark.faults
