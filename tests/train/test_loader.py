@@ -1,8 +1,10 @@
+import json
 import os
 import signal
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hybridlm.data.shards import prepare
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
 from train.loader import batches
+from train.loop import next_token_loss, train
 from train.optim import micro_batches
 
 
@@ -140,3 +143,35 @@ def test_a_signal_to_the_group_does_not_reach_the_workers():
     steps = batches(Telling(), [range(1)], 0, 1, 100, 1)
     process, session, _ = next(steps)[0]["input_ids"][0].tolist()
     assert session == process != os.getsid(0)
+
+
+@pytest.mark.parametrize("kind", ["blend", "streaming"])
+def test_a_run_cut_off_ends_as_the_whole_one_whatever_its_data(make_config, tmp_path, kind):
+    for i, letters in enumerate(("abcdef ", "uvwxyz ")):
+        lines = (json.dumps({"text": letters * (3 + 5 * n % 17)}) for n in range(40))
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(lines))
+    files = [str(tmp_path / f"{i}.jsonl") for i in range(2)]
+    settings = {
+        "blend": {
+            "data__source": None,
+            "data__blend": [{"source": files[0], "weight": [2, 1]}, {"source": files[1], "weight": [0, 1]}],
+            "data__phases": [0.5], "data__packing": "best-fit", "data__workers": 1,
+        },
+        "streaming": {"data__source": files[0], "data__streaming": True, "data__val_source": files[1]},
+    }[kind]  # fmt: skip
+    runs = [make_config(run_dir=str(tmp_path / name), log__sample_tokens=0, **settings) for name in ("whole", "cut")]
+    calls = iter(range(99))
+
+    def cut(model, batch):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return next_token_loss(model, batch)
+
+    train(runs[0])
+    with pytest.raises(KeyboardInterrupt):
+        train(runs[1], loss=cut)
+    train(runs[1])
+    whole, again = ([json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()] for run in runs)
+    assert [line["loss"] for line in whole if "loss" in line] == [line["loss"] for line in again if "loss" in line]
+    assert len([line for line in whole if "val_loss" in line]) == 3
+    assert all(("val_loss_by_source" in line) == (kind == "blend") for line in whole if "val_loss" in line)
