@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,10 +29,9 @@ class _Steps:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, step: int) -> list[dict[str, Tensor]]:
+    def __getitem__(self, step: int) -> list[dict[str, np.ndarray]]:
         base = self.first + step * self.global_batch
-        batches = [self.stream.batch(base + rows.start, base + rows.stop) for rows in self.rows]
-        return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
+        return [self.stream.batch(base + rows.start, base + rows.stop) for rows in self.rows]
 
 
 def batches(
@@ -47,18 +47,24 @@ def batches(
     Raises:
         RuntimeError: a worker has died.
     """
-    return iter(
-        DataLoader(
-            _Steps(stream, rows, first, global_batch, count),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            # Else it would draw from the generator of the run.
-            generator=torch.Generator(),
-            # A forked worker shares the memory maps; to another they would be sent, token for token.
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_leave_the_group,
-        )
+    loader: DataLoader = DataLoader(
+        _Steps(stream, rows, first, global_batch, count),  # type: ignore[arg-type]
+        batch_size=None,
+        # Arrays are sent as bytes. A tensor would be fetched from its worker when it is here, and need an open file each.
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        # Else it would draw from the generator of the run.
+        generator=torch.Generator(),
+        # A forked worker shares the memory maps; to another they would be sent, token for token.
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_leave_the_group,
     )
+    for step in loader:
+        yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in step]
+
+
+def _as_it_is(step: list) -> list:
+    return step
 
 
 def _leave_the_group(worker: int) -> None:

@@ -176,11 +176,14 @@ class Streamed:
             self.held.append(Held(self._next, ids, epoch, row, state))
             self._next += len(ids)
         self.furthest = max(self.furthest, number + 1)
-        starts = [held.start for held in self.held]
-        del self.held[: (gone := max(0, bisect_right(starts, (self.furthest - self.keep) * self.seq_len) - 1))]
-        del starts[:gone]
-        assert first >= starts[0], f"sample {number} has gone by: {self.keep} are kept, up to {self.furthest}"
-        return self.held[bisect_right(starts, first) - 1 : bisect_right(starts, last)]
+        # Gone is what ends before the last `keep` samples begin.
+        del self.held[: max(0, self._behind((self.furthest - self.keep) * self.seq_len) - 1)]
+        assert first >= self.held[0].start, f"sample {number} has gone by: {self.keep} are kept, up to {self.furthest}"
+        return self.held[self._behind(first) - 1 : self._behind(last)]
+
+    def _behind(self, position: int) -> int:
+        """How many of the documents held begin at `position` or before."""
+        return bisect_right(self.held, position, key=lambda held: held.start)
 
     def _window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a sample, and the number of the document within it, both (t + 1) int64."""

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hybridlm.strict_yaml import parse_yaml
-from train.config import argument_parser, differences, dump, leaves, parse, parse_command_line
+from train.config import argument_parser, blend_weights, differences, dump, leaves, parse, parse_command_line
 
 TINY = {"run_dir": "r", "model": {"config": "configs/model/tiny.yaml"}}
 
@@ -51,6 +51,71 @@ def test_faults_of_the_model_shape_are_told_too():
 def test_a_bad_setting_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         parse(values)
+
+
+TWO = [{"source": "a", "weight": 1}, {"source": "b", "weight": 2.5}]
+
+
+def data(**values):
+    return TINY | {"data": values}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (data(source="c", blend=TWO), r"set data.source \(one source\) or data.blend \(several\), not both"),
+        (data(source=None), r"set data.source \(one source\) or data.blend \(several\)\.$"),
+        (data(blend=[]), "data.blend: .*at least 1"),
+        (data(blend=TWO, text_column="body", license="x"), "data.text_column, data.license: .* each of its sources"),
+        (data(phases=[0.5]), "data.phases: .* there is none"),
+        (data(blend=TWO, phases=[0.8, 0.6]), r"data.phases: each must be later .* got \[0.8, 0.6\]"),
+        (data(blend=TWO, phases=[0.6, 0.6]), "data.phases: each must be later"),
+        (data(blend=TWO, phases=[0.6, 1.0]), r"data.phases.1: .*less than 1"),
+        (data(blend=[TWO[0] | {"weight": [1, 2]}]), r"a needs one weight, or 1, .* got \[1.0, 2.0\]"),
+        (data(blend=[TWO[0] | {"weight": [1, 2]}], phases=[0.1, 0.2]), "a needs one weight, or 3"),
+        (data(blend=[TWO[0] | {"weight": -1}]), r"data.blend.0.weight.0: .*greater than or equal to 0; got -1"),
+        (data(blend=[TWO[0] | {"weight": "much"}]), r"data.blend.0.weight.0: .*valid number; got 'much'"),
+        (data(blend=[e | {"weight": [1, 0]} for e in TWO], phases=[0.5]), "all weights of phase 2 are 0"),
+        (data(blend=[{"source": "a"}]), "data.blend.0.weight is missing"),
+        (data(blend=[TWO[0] | {"wieght": 1}]), r"data.blend.0.wieght; did you mean data.blend.weight\?"),
+        (data(streaming=True, blend=TWO), "data.streaming: it reads one source"),
+        (data(streaming=True, packing="best-fit"), "data.streaming: best-fit packing must know"),
+        (data(streaming=True, workers=2), "data.streaming: .* set data.workers: 0, not 2"),
+        (data(workers=-1), "data.workers: .*greater than or equal to 0"),
+        (data(bad_documents="ignore"), "data.bad_documents: .*'stop' or 'skip'"),
+    ],
+)
+def test_a_fault_of_the_data_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        parse(values)
+
+
+def test_all_faults_of_the_data_come_in_one_message():
+    with pytest.raises(ValueError, match=r"5 fault\(s\)") as error:
+        parse(data(source="c", blend=[TWO[0] | {"weight": [1, 2]}], phases=[0.5, 0.3], workers=1, streaming=True))
+    assert str(error.value).count("\n") == 5
+
+
+def test_a_blend_has_a_weight_for_each_source_in_each_phase_and_its_dump_reads_back():
+    blend = [TWO[0] | {"weight": [0.7, 0.5, 0.2]}, TWO[1] | {"text_column": "body", "revision": "main"}]
+    config = parse(data(blend=blend, phases=[0.6, 0.8]))
+    assert blend_weights(config.data) == [[0.7, 2.5], [0.5, 2.5], [0.2, 2.5]]
+    assert config.data.source is None
+    assert [(e.source, e.text_column, e.revision) for e in config.data.blend] == [("a", "text", None), ("b", "body", "main")]
+    assert parse(parse_yaml(dump(config))) == config
+    assert list(differences(parse_yaml(dump(config)), parse_yaml(dump(parse(parse_yaml(dump(config))))))) == []
+
+
+def test_the_source_is_the_standard_library_unless_there_is_a_blend():
+    assert parse(TINY).data.source == "stdlib"
+    assert parse(data(blend=TWO)).data.source is None
+
+
+def test_a_blend_may_be_given_on_the_command_line():
+    argv = ["--config", "configs/demo.yaml", "--data.source", "null", "--data.phases", "[0.5]"]
+    config, _ = parse_command_line([*argv, "--data.blend", "[{source: a, weight: [1, 0]}, {source: b, weight: 1}]"])
+    assert config.data.phases == (0.5,)
+    assert blend_weights(config.data) == [[1, 1], [0, 1]]
 
 
 def test_the_command_line_overrides_the_file(tmp_path):

@@ -1,5 +1,9 @@
+import json
+
 import pytest
 
+from hybridlm.data.packing import BestFit
+from hybridlm.data.streaming import Streamed
 from hybridlm.tokenizer import byte_tokenizer
 from train.setup import build_model, build_tokenizer, open_data
 
@@ -30,3 +34,42 @@ def test_validation_documents_of_one_token_are_an_error_before_the_run(make_conf
     config = make_config(data__val_source=str(tmp_path / "one.txt"))
     with pytest.raises(ValueError, match="nothing to predict"):
         open_data(config, byte_tokenizer(), 258, quiet=True)
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Two files of ten short documents each."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{i} " * 9}) + "\n" for i in range(10)))
+    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+
+
+def two_phases(tables):
+    return [{"source": tables[0], "weight": [1, 0]}, {"source": tables[1], "weight": 1}]
+
+
+def test_a_blend_changes_its_weights_at_a_share_of_the_steps(make_config, tables):
+    config = make_config(data__source=None, data__blend=two_phases(tables), data__phases=[0.6], train__steps=9)
+    stream, validation = open_data(config, byte_tokenizer(), 258, quiet=True)
+    assert stream.borders == [5 * 4]  # 0.6 of 9 steps, 4 samples each
+    assert stream.counts(9 * 4) == [10, 26]
+    assert stream.names == [shards.meta["source"] for shards in validation] == tables
+
+
+def test_one_validation_source_for_a_whole_blend_is_scored_once(make_config, tables, text_folder):
+    config = make_config(data__source=None, data__blend=two_phases(tables), data__phases=[0.6], data__val_source=str(text_folder))
+    assert len(open_data(config, byte_tokenizer(), 258, quiet=True)[1]) == 1
+
+
+def test_best_fit_packing_is_asked_for_by_its_name(make_config):
+    stream, _ = open_data(make_config(data__packing="best-fit"), byte_tokenizer(), 258, quiet=True)
+    assert all(isinstance(sampler, BestFit) for sampler in stream.samplers)
+
+
+def test_a_streamed_source_keeps_a_global_batch_and_needs_its_validation_from_elsewhere(make_config, tables):
+    settings = {"data__source": tables[0], "data__streaming": True}
+    with pytest.raises(ValueError, match=r"holds nothing out of .*a\.jsonl; set data.val_source"):
+        open_data(make_config(**settings), byte_tokenizer(), 258, quiet=True)
+    stream, validation = open_data(make_config(**settings, data__val_source=tables[1]), byte_tokenizer(), 258, quiet=True)
+    assert isinstance(stream, Streamed) and stream.keep == 4
+    assert [shards.meta["source"] for shards in validation] == [tables[1]]

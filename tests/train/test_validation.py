@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from hybridlm import HybridLMForCausalLM
+from hybridlm.scoring import Score
+from hybridlm.tokenizer import byte_tokenizer
 from train.loop import train
 from train.setup import build_model, build_tokenizer, open_data
 from train.validation import sample_text, validation_loss
@@ -73,3 +77,64 @@ def test_sampling_text_does_not_touch_the_random_numbers_of_the_run(make_config)
     torch.rand(3)
     assert sample_text(model, tokenizer, config) == text  # nor they it
     assert model.training
+
+
+@pytest.fixture
+def two_sources(make_config, tmp_path):
+    """A configuration of two sources of different text, and their validation shards."""
+    for name, word in (("a", "the cat "), ("b", "zebra? ")):
+        (tmp_path / f"{name}.txt").write_text(word * 400)
+    blend = [{"source": str(tmp_path / f"{name}.txt"), "weight": 1} for name in "ab"]
+    config = make_config(data__source=None, data__blend=blend, train__val_sequences=None)
+    return config, open_data(config, byte_tokenizer(), 258, quiet=True)[1]
+
+
+def test_the_loss_of_several_sources_is_pooled_by_tokens_and_told_for_each(two_sources, monkeypatch):
+    config, sources = two_sources
+    model, accelerator = build_model(config), Accelerator(cpu=True)
+    line = validation_loss(accelerator, model, sources, config)
+    alone = [validation_loss(accelerator, model, [shards], config) for shards in sources]
+    assert all("val_loss_by_source" not in result for result in alone)
+    assert line["val_loss_by_source"] == {
+        shards.meta["source"]: pytest.approx(result["val_loss"], abs=1e-6) for shards, result in zip(sources, alone, strict=True)
+    }
+    assert alone[0]["val_loss"] != pytest.approx(alone[1]["val_loss"], abs=1e-3)
+    tokens = [len(shards) - 2 for shards in sources]
+    pooled = sum(n * result["val_loss"] for n, result in zip(tokens, alone, strict=True)) / sum(tokens)
+    assert line["val_loss"] == pytest.approx(pooled, abs=1e-6)
+    assert line["val_bits_per_byte"] == pytest.approx(pooled / math.log(2), abs=1e-6)  # a byte is a token
+
+
+def test_a_source_of_which_no_window_is_taken_has_no_loss(two_sources):
+    config, sources = two_sources
+    config = replace(config, train=replace(config.train, val_sequences=1))
+    line = validation_loss(Accelerator(cpu=True), build_model(config), sources, config)
+    assert [value is None for value in line["val_loss_by_source"].values()] == [False, True]
+    assert line["val_loss"] == pytest.approx(next(iter(line["val_loss_by_source"].values())))
+
+
+@pytest.mark.parametrize("answers", [[True], [False, True]])
+def test_a_validation_that_is_stopped_gives_nothing_and_scores_no_further(two_sources, monkeypatch, answers):
+    config, sources = two_sources
+    config = replace(config, data=replace(config.data, seq_len=8192))  # one window a batch
+    scored = []
+
+    def score(model, documents, size, **rest):
+        scored.append(len(documents))
+        return Score(np.ones(len(documents)), np.array([len(ids) - 1 for ids in documents]), 0)
+
+    monkeypatch.setattr("train.validation.score", score)
+    asked = iter(answers)
+    assert validation_loss(Accelerator(cpu=True), build_model(config), sources, config, lambda: next(asked)) is None
+    assert scored == [1] * (len(answers) - 1)
+
+
+def test_a_rank_that_was_stopped_stops_all(two_sources, monkeypatch):
+    config, sources = two_sources
+    accelerator = Accelerator(cpu=True)
+
+    def reduce(sums):  # as if another rank had been stopped
+        return sums + torch.tensor([[0.0, 0.0]] * len(sources) + [[1.0, 1.0]])
+
+    monkeypatch.setattr(accelerator, "reduce", reduce)
+    assert validation_loss(accelerator, build_model(config), sources, config) is None

@@ -1,10 +1,12 @@
 import collections
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridlm.data.packing import BestFit
 from hybridlm.data.sampler import Sampler, permute
 from hybridlm.data.shards import prepare
 from hybridlm.data.sources import Documents
@@ -73,3 +75,65 @@ def test_data_shorter_than_a_window_wraps_around_as_new_documents(tmp_path):
     sample = Sampler(shards_of(["ab"], tmp_path), 8, 0, 258).sample(0)
     assert sample["input_ids"].tolist() == [97, 98, 256, 97, 98, 256, 97, 98]
     assert sample["seq_idx"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("wrong", [-1, 258, 70_000])
+def test_a_damaged_token_is_an_error_that_names_its_place(tmp_path, monkeypatch, wrong):
+    shards = shards_of(["abcdef", "ghijkl"], tmp_path)
+    tokens = np.asarray(shards.read(np.arange(len(shards))))
+    tokens[9] = wrong  # offset 2 of the second document
+    monkeypatch.setattr(type(shards), "read", lambda self, positions: tokens[positions])
+    sampler = Sampler(shards, 5, 0, 258)
+    with pytest.raises(ValueError, match=f"test: token id {wrong} at offset 2 of document 1 .*vocab_size=258"):
+        for number in range(5):
+            sampler.sample(number)
+
+
+def test_the_origin_of_a_sample_is_the_documents_that_it_predicts(numbered):
+    sampler = Sampler(numbered([6, 1, 5, 20]), 8, 0, 5000)
+    by_window = {sampler.window(n): sampler.origin(n) for n in range(4)}
+    assert by_window[0] == [{"document": 0, "offset": 0}, {"document": 2, "offset": 0}]
+    assert by_window[1] == [{"document": 2, "offset": 1}, {"document": 3, "offset": 0}]
+    assert by_window[2] == [{"document": 3, "offset": 4}]
+
+
+def test_a_source_without_a_target_is_an_error_at_once(numbered):
+    with pytest.raises(ValueError, match="numbered have one token each, so there is nothing to predict"):
+        Sampler(numbered([1, 1, 1]), 8, 0, 5000)
+
+
+def test_a_window_without_a_target_is_no_error(numbered):
+    sampler = Sampler(numbered([1] * 20 + [2]), 4, 0, 5000)
+    without = [n for n in range(5) if (sampler.sample(n)["targets"] == -100).all()]
+    assert len(without) >= 4
+    assert sampler.origin(without[0]) == []
+
+
+def in_the_middle_of_a_thousand_million(numbered):
+    lengths = np.full(1_000_003, 1001)
+    shards = numbered(lengths)
+    assert len(shards) > 10**9
+    return shards
+
+
+@pytest.mark.parametrize("kind", [Sampler, pytest.param(BestFit, marks=pytest.mark.faults)])
+def test_seeking_to_token_a_thousand_million_reads_one_window(numbered, kind):
+    shards = in_the_middle_of_a_thousand_million(numbered)
+    sampler = kind(shards, 512, 0, 2 * 10**9)
+    sample = sampler.sample(10**9 // 512)
+    assert sum(shards.asked) <= 2 * 512
+    predicts = sample["targets"] >= 0
+    assert np.array_equal(sample["targets"][predicts], sample["input_ids"][predicts] + 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", [Sampler, BestFit])
+def test_seeking_to_token_a_thousand_million_takes_less_than_a_tenth_of_a_second(numbered, kind):
+    shards = in_the_middle_of_a_thousand_million(numbered)
+    kind(shards, 512, 0, 2 * 10**9)  # the index of best-fit is made once
+    sampler = kind(shards, 512, 0, 2 * 10**9)
+    start = time.perf_counter()
+    sampler.sample(10**9 // 512)
+    seconds = time.perf_counter() - start
+    print(f"{kind.__name__}: {seconds:.4f} s to token 10^9 of {len(shards):,}")
+    assert seconds < 0.1
