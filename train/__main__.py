@@ -1,4 +1,4 @@
-"""python -m train --config FILE [--section.field V …] [--resume auto|never|PATH]"""
+"""python -m train --config FILE [--section.field V …] [--resume auto|never|PATH], or python -m train {prepare,tokenizer} …"""
 
 import logging
 import os
@@ -7,8 +7,11 @@ import sys
 from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
+from train import prepare, tokenizer
 from train.config import dump, parse_command_line
 from train.loop import train
+
+COMMANDS = {"prepare": prepare.main, "tokenizer": tokenizer.main}
 
 
 def main(argv: list[str]) -> int:
@@ -18,6 +21,8 @@ def main(argv: list[str]) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
         config, arguments = parse_command_line(argv)
         if arguments.print_config:
             print(dump(config), end="")

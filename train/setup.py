@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
-from hybridlm.data.shards import Shards, prepare
-from hybridlm.data.sources import split_source
+from hybridlm.data.preparation import prepare
+from hybridlm.data.shards import Shards
+from hybridlm.data.sources import Source
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
@@ -57,8 +58,14 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size:
         ValueError: no such data, nothing in it to predict, or a token id that the model does not have.
     """
     data = config.data
-    documents = split_source(data.source, data.val_source, data.val_fraction, data.text_column)
-    train_shards, val_shards = (prepare(d, tokenizer, Path(data.cache_dir).expanduser(), quiet) for d in documents)
+    train_shards, val_shards = prepare(
+        Source(data.source, text_column=data.text_column),
+        tokenizer,
+        Path(data.cache_dir).expanduser(),
+        val_source=None if data.val_source is None else Source(data.val_source, text_column=data.text_column),
+        val_fraction=data.val_fraction,
+        quiet=quiet,
+    )
     if len(val_shards) == 2 * len(val_shards.documents):
         raise ValueError(
             f"the validation documents of {val_shards.meta['source']} have one token each, so there is nothing to predict; "

@@ -5,14 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridlm.data.preparation import documents_to_shards
 from hybridlm.data.sampler import Sampler, permute
-from hybridlm.data.shards import prepare
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
 
 
 def shards_of(texts, folder):
-    return prepare(Documents("test", repr(texts), len(texts), lambda i: texts[i]), byte_tokenizer(), folder, quiet=True)
+    documents = Documents("test", repr(texts), len(texts), lambda i: texts[i])
+    return documents_to_shards(documents, byte_tokenizer(), folder / "shards", quiet=True)
 
 
 @settings(max_examples=25, deadline=None)
