@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--bad_documents", choices=("stop", "skip"), default="stop", help="what cannot be read (default: stop)")
     parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one a core)")
     arguments = parser.parse_args(argv)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers must be at least 1; got {arguments.workers}.")
     source, columns = source_of(arguments), {"text_column": arguments.text_column, "template": arguments.template}
     val_source = None if arguments.val_source is None else Source(arguments.val_source, **columns)
     tokenizer = byte_tokenizer() if arguments.tokenizer == "bytes" else load_tokenizer(arguments.tokenizer)

@@ -54,17 +54,29 @@ def prepare(
         ValueError: a tokenizer that cannot be used; a source that is bad, has no text, or was changed meanwhile.
         ChildProcessError: a process of the pool died.
     """
-    digest = tokenizer_digest(tokenizer)
-
-    def place(documents: Documents) -> Path:
-        identity = [FORMAT, documents.name, documents.fingerprint, digest]
-        return cache_dir / sha256(json.dumps(identity).encode()).hexdigest()[:16]
-
     training, validation = (
-        documents_to_shards(documents, tokenizer, place(documents), bad_documents, workers, quiet)
+        prepare_documents(documents, tokenizer, cache_dir, bad_documents, workers, quiet)
         for documents in split_source(source, val_source, val_fraction)
     )
     return training, validation
+
+
+def prepare_documents(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    bad_documents: str = "stop",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Shards:
+    """The same for documents that are open already."""
+    folder = cache_dir / identity(documents, tokenizer_digest(tokenizer))
+    return documents_to_shards(documents, tokenizer, folder, bad_documents, workers, quiet)
+
+
+def identity(documents: Documents, digest: str) -> str:
+    """A name for what these documents give with the tokenizer of this digest."""
+    return sha256(json.dumps([FORMAT, documents.name, documents.fingerprint, digest]).encode()).hexdigest()[:16]
 
 
 def prepare_folder(
@@ -149,8 +161,7 @@ def documents_to_shards(
         return shards
     with only_one(folder, quiet):
         if not (folder / "meta.json").exists():
-            key = sha256(json.dumps([FORMAT, documents.name, documents.fingerprint, digest]).encode()).hexdigest()[:16]
-            unfinished = folder.with_name(f".{folder.name}-{key}")
+            unfinished = folder.with_name(f".{folder.name}-{identity(documents, digest)}")
             for other in folder.parent.glob(f".{folder.name}-*"):
                 if other != unfinished:  # of a source that has changed since, or of another tokenizer
                     shutil.rmtree(other)

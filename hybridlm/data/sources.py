@@ -18,7 +18,7 @@ from hybridlm.data.shards import Shards
 
 STDLIB = "stdlib"
 # How `datasets` calls the readers of local files.
-READERS = {".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 HELD_OUT_KEY = 0x5EED
 
 
@@ -164,7 +164,7 @@ def _files(source: Source, path: Path, split: str) -> Documents:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(source, [], split)
     else:
-        kinds = sorted({p.suffix if p.suffix in (".jsonl", *READERS) else "text" for p in files})
+        kinds = sorted({p.suffix if p.suffix in READERS else "text" for p in files})
         if len(kinds) > 1:
             raise ValueError(f"data source {name!r} has files of several kinds: {', '.join(kinds)}; give one kind at a time.")
         if split != "train":
@@ -263,7 +263,7 @@ def _dataset(source: Source, files: list[Path], split: str) -> Documents:
     import pyarrow
 
     path = Path(source.source).expanduser()
-    like_a_file = path.suffix in (".jsonl", ".txt", ".md", ".py", *READERS)
+    like_a_file = path.suffix in (".txt", ".md", ".py", *READERS)
     if not path.exists() and (like_a_file or source.source.startswith((".", "/", "~")) or source.source.count("/") > 1):
         raise ValueError(f"data source {source.source!r} does not exist (looked for {path.absolute()}).")
     name, _, configuration = source.source.partition(":")

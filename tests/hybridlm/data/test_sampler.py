@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlm.data.preparation import documents_to_shards
+from hybridlm.data.preparation import prepare_documents
 from hybridlm.data.sampler import Sampler, permute
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
@@ -13,7 +13,7 @@ from hybridlm.tokenizer import byte_tokenizer
 
 def shards_of(texts, folder):
     documents = Documents("test", repr(texts), len(texts), lambda i: texts[i])
-    return documents_to_shards(documents, byte_tokenizer(), folder / "shards", quiet=True)
+    return prepare_documents(documents, byte_tokenizer(), folder, quiet=True)
 
 
 @settings(max_examples=25, deadline=None)
