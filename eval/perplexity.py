@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hybridlm import HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.shards import bytes_after_first, tokenize
-from hybridlm.data.sources import NoSuchSplit, open_source
+from hybridlm.data.sources import NoSuchSplit, Source, open_source
 from hybridlm.output import quiet
 from hybridlm.scoring import score
 
@@ -46,9 +46,9 @@ def evaluate(
 def read(source: str, max_bytes: int | None) -> list[str]:
     """The validation split where the source has one of its own, else all of it; whole documents until they have max_bytes."""
     try:
-        documents = open_source(source, "validation")
+        documents = open_source(Source(source), "validation")
     except NoSuchSplit:
-        documents = open_source(source, "train")
+        documents = open_source(Source(source), "train")
     texts: list[str] = []
     left = math.inf if max_bytes is None else max_bytes
     for text in tqdm(documents, desc=f"reading {documents.name}", unit=" documents"):

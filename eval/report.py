@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from eval.machine import machine
 from eval.page import page
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
-from hybridlm.data.sources import split_source
+from hybridlm.data.sources import Source, split_source
 from hybridlm.output import quiet, write_json
 from hybridlm.twin import transformer_twin
 
@@ -87,7 +88,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def compare(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """The model, the byte model and xz on the same validation text."""
-    training, validation = split_source(data["source"], data["val_source"], data["val_fraction"], data["text_column"])
+    source = Source(data["source"], text_column=data["text_column"])
+    val_source = None if data["val_source"] is None else replace(source, source=data["val_source"])
+    training, validation = split_source(source, val_source, data["val_fraction"])
     texts = first_documents(validation, COMPARED_BYTES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = HybridLMForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)

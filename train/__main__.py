@@ -7,12 +7,12 @@ import sys
 from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
-from train import status
+from train import prepare, status, tokenizer
 from train.config import dump, parse_command_line
 from train.loop import train
 from train.ranks import RanksError
 
-COMMANDS = {"status": status.main}
+COMMANDS = {"prepare": prepare.main, "status": status.main, "tokenizer": tokenizer.main}
 
 
 def main(argv: list[str]) -> int:

@@ -11,9 +11,10 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.blend import Blend
 from hybridlm.data.packing import BestFit
+from hybridlm.data.preparation import prepare, prepare_documents
 from hybridlm.data.sampler import Sampler
-from hybridlm.data.shards import Shards, prepare
-from hybridlm.data.sources import NoSuchSplit, open_source, split_source
+from hybridlm.data.shards import Shards
+from hybridlm.data.sources import NoSuchSplit, Source, is_prepared, open_source, open_validation
 from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
@@ -40,9 +41,11 @@ def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: P
     Raises:
         ValueError: it has more tokens than the model has embeddings.
     """
-    name = config.data.tokenizer
+    name, data = config.data.tokenizer, config.data
     if name is None and config.model.init_from is not None:
         name = str(start_from / "model") if start_from else config.model.init_from
+    if name is None and (source := data.blend[0].source if data.blend else data.source) and is_prepared(source):
+        name = str(Path(source).expanduser() / "tokenizer")
     tokenizer = byte_tokenizer() if name in (None, "bytes") else load_tokenizer(name)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -94,9 +97,15 @@ def open_blend(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
 
 def prepared(entry: BlendEntry, data: Data, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> tuple[Shards, Shards]:
     """The training and validation shards of a source."""
-    documents = split_source(entry.source, data.val_source, data.val_fraction, entry.text_column)
-    train_shards, val_shards = (prepare(d, tokenizer, Path(data.cache_dir).expanduser(), quiet) for d in documents)
-    return train_shards, val_shards
+    source = Source(entry.source, entry.revision, entry.text_column, entry.template, entry.license)
+    return prepare(
+        source, tokenizer, Path(data.cache_dir).expanduser(), val_source=held_out(data), val_fraction=data.val_fraction,
+        bad_documents=data.bad_documents, quiet=quiet,
+    )  # fmt: skip
+
+
+def held_out(data: Data) -> Source | None:
+    return None if data.val_source is None else Source(data.val_source, None, data.text_column, data.template)
 
 
 def open_streamed(
@@ -105,15 +114,17 @@ def open_streamed(
     """The training samples of a source that is not kept, and the validation shards, which are."""
     data = config.data
     assert data.source is not None
+    source = Source(data.source, data.revision, data.text_column, data.template, data.license)
     stream = Streamed(
-        data.source, open_streaming(data.source, data.revision), lambda row: row.get(data.text_column), tokenizer,
-        data.seq_len, vocab_size, keep=config.train.global_batch, skip_bad=data.bad_documents == "skip",
+        source, open_streaming(data.source, data.revision), tokenizer, data.seq_len, vocab_size,
+        keep=config.train.global_batch, skip_bad=data.bad_documents == "skip",
     )  # fmt: skip
     try:
-        held_out = open_source(data.val_source or data.source, "train" if data.val_source else "validation", data.text_column)
+        documents = open_validation(val_source) if (val_source := held_out(data)) else open_source(source, "validation")
     except NoSuchSplit:
         raise ValueError(f"data.streaming holds nothing out of {data.source}; set data.val_source.") from None
-    return stream, [prepare(held_out, tokenizer, Path(data.cache_dir).expanduser(), quiet)]
+    cache_dir = Path(data.cache_dir).expanduser()
+    return stream, [prepare_documents(documents, tokenizer, cache_dir, data.bad_documents, quiet=quiet)]
 
 
 def _check_vocabulary(shards: Shards, vocab_size: int) -> None:

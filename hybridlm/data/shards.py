@@ -1,132 +1,187 @@
-"""Tokens on disk: written once, then read through memory maps.
+"""Tokens: of a text, and on disk, where they are read through memory maps.
 
 A folder holds `tokens-00000.bin`, … (little-endian uint16 or uint32, one document after the other, each closed by the end
 token), `documents.npy` (one row a document: where it ends, and how many bytes of text its tokens after the first stand for) and
-`meta.json`.
+`meta.json`, which names the files. `hybridlm.data.preparation` writes it.
 """
 
-import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
-from tqdm import tqdm
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
-from hybridlm.data.sources import Documents
+FORMAT: Literal[2] = 2
+HASH_BYTES = 2**22
 
-FORMAT = 1
-SHARD_TOKENS = 2**28
-BATCH_DOCUMENTS = 256
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class Part(TypedDict):
+    file: Annotated[str, Field(pattern="^tokens-[0-9]+\\.bin$")]
+    tokens: Annotated[int, Field(gt=0)]
+    sha256: Digest
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class Meta(TypedDict):
+    """What meta.json says. `sha256` is of all tokens in order, however they lie in parts; `bytes` are those predicted."""
+
+    format: Literal[2]
+    source: str
+    fingerprint: str
+    license: str | None
+    tokenizer: Digest
+    dtype: Literal["<u2", "<u4"]
+    parts: list[Part]
+    tokens: Count
+    documents: Count
+    documents_sha256: Digest
+    largest_id: Count
+    bytes: Count
+    skipped: dict[str, Count]
+    skipped_examples: list[str]
+    sha256: Digest
+
+
+META = TypeAdapter(Meta)
 
 
 @dataclass(frozen=True)
 class Shards:
+    """A folder of tokens. What is read of it is checked when it is first read.
+
+    Raises:
+        ValueError: (the properties) a file that is missing, altered or none of ours, named.
+    """
+
     folder: Path
 
     @cached_property
-    def meta(self) -> dict:
-        return json.loads((self.folder / "meta.json").read_text())
+    def meta(self) -> Meta:
+        path = self._inside("meta.json")
+        try:
+            meta = META.validate_json(path.read_bytes())
+        except ValidationError as error:
+            faults = (f"{'.'.join(map(str, fault['loc']))} {fault['msg']}".strip() for fault in error.errors()[:3])
+            raise ValueError(f"{path} does not describe prepared data: {'; '.join(faults)}. {REMEDY}") from None
+        if sum(part["tokens"] for part in meta["parts"]) != meta["tokens"]:
+            raise ValueError(f"{path} is altered: its parts do not have its {meta['tokens']} tokens together. {REMEDY}")
+        return meta
 
     @cached_property
     def tokens(self) -> list[np.memmap]:
         dtype = np.dtype(self.meta["dtype"])
-        return [np.memmap(path, dtype=dtype, mode="r") for path in sorted(self.folder.glob("tokens-*.bin"))]
+        for part in self.meta["parts"]:
+            path, want = self._inside(part["file"]), part["tokens"] * dtype.itemsize
+            if path.stat().st_size != want:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes; meta.json says {want}. {REMEDY}")
+        return [np.memmap(self.folder / part["file"], dtype=dtype, mode="r") for part in self.meta["parts"]]
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(parts) int64: the position behind each part's last token."""
+        return np.cumsum([part["tokens"] for part in self.meta["parts"]], dtype=np.int64)
 
     @cached_property
     def documents(self) -> np.ndarray:
         """(documents, 2) int64: the position behind each document's last token, and its bytes after the first token."""
-        return np.load(self.folder / "documents.npy", allow_pickle=False)
+        path = self._inside("documents.npy")
+        try:
+            table = np.lib.format.open_memmap(path, mode="r")  # the reader that never unpickles
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is no table of documents: {error}. {REMEDY}") from None
+        shape = (self.meta["documents"], 2)
+        if table.shape != shape or table.dtype != np.int64:
+            raise ValueError(f"{path} has {table.dtype} {table.shape}; meta.json says int64 {shape}. {REMEDY}")
+        # A document has a token and its end, at least.
+        if not len(table) or table[0, 0] < 2 or (np.diff(table[:, 0]) < 2).any() or table[-1, 0] != len(self):
+            raise ValueError(f"{path} is altered: its documents do not follow one another up to token {len(self)}. {REMEDY}")
+        return table
 
     def __len__(self) -> int:
         return self.meta["tokens"]
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         """Tokens (int64) at any positions below len(self)."""
-        shard, offset = np.divmod(positions, SHARD_TOKENS)
+        number = np.searchsorted(self.ends, positions, side="right")
         out = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(shard):
-            here = shard == number
-            out[here] = self.tokens[number][offset[here]]
+        for part in np.unique(number):
+            here = number == part
+            out[here] = self.tokens[part][positions[here] - (self.ends[part] - len(self.tokens[part]))]
         return out
+
+    def check(self) -> "Shards":
+        """Itself, its sizes and tables checked; `verify` also reads the tokens."""
+        assert self.tokens and len(self.documents)
+        return self
+
+    def verify(self) -> None:
+        """Reads every file.
+
+        Raises:
+            ValueError: one that is not what was written.
+        """
+        self.check()
+        digests = {part["file"]: part["sha256"] for part in self.meta["parts"]}
+        for name, digest in (digests | {"documents.npy": self.meta["documents_sha256"]}).items():
+            if (found := hash_files([self.folder / name])) != digest:
+                raise ValueError(f"{self.folder / name} is altered: its sha256 is {found}; meta.json says {digest}. {REMEDY}")
+
+    def _inside(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{path} is a link that leads outside its folder, which is not followed. {REMEDY}")
+        if not path.is_file():
+            raise ValueError(f"{path} is missing. {REMEDY}")
+        return path
+
+
+REMEDY = "Remove the folder and prepare the data again."
+
+
+def hash_files(paths: list[Path]) -> str:
+    """The sha256 of the files' contents, one after the other."""
+    digest = sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(HASH_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text, with no special token added and none read out of the text itself."""
+    """Token ids of each text, all of it, with no special token added and none read out of the text itself.
+
+    Raises:
+        ValueError: the tokenizer fails on one of them.
+    """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    backend.no_truncation()  # which a tokenizer's file may ask for
+    backend.no_padding()
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the panic of its Rust is no Exception
+        raise ValueError(f"the tokenizer fails on a text: {type(error).__name__}: {error}") from None
 
 
 def bytes_after_first(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     """UTF-8 bytes of the tokens that have one before them, and so are predicted."""
-    pieces = tokenizer.convert_ids_to_tokens(ids[:1])
-    byte_level = tokenizer.backend_tokenizer.decoder.__class__.__name__ == "ByteLevel"
-    first = len(pieces[0]) if byte_level else len(str(tokenizer.decode(ids[:1])).encode())
-    return len(text.encode()) - first
+    return len(text.encode()) - token_bytes(ids[0], tokenizer)
 
 
-def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, quiet: bool = False) -> Shards:
-    """The shards of `documents`, from `cache_dir` where they have been written before.
-
-    Raises:
-        ValueError: a tokenizer without an end token or a fast backend, or documents without any text.
-    """
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"data.tokenizer must be a fast tokenizer with an end token (eos_token); got {type(tokenizer).__name__}."
-        )
-    identity = [FORMAT, documents.name, documents.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]
-    key = sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    folder = cache_dir / key
-    if not (folder / "meta.json").exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_dir))
-        try:
-            _write(documents, tokenizer, unfinished, quiet)
-            if not folder.exists():  # another process may have been as quick
-                unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return Shards(folder)
-
-
-def _write(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Path, quiet: bool) -> None:
-    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
-    end, total, largest, rows = tokenizer.eos_token_id, 0, 0, []
-    bar = tqdm(total=len(documents), desc=f"tokenising {documents.name}", unit=" documents", disable=quiet)
-    buffer = np.empty(0, dtype=dtype)
-    shard, digest = 0, sha256()
-    for start in range(0, len(documents), BATCH_DOCUMENTS):
-        texts = [documents[i] for i in range(start, min(start + BATCH_DOCUMENTS, len(documents)))]
-        pieces = [buffer]
-        for text, ids in zip(texts, tokenize(texts, tokenizer), strict=True):
-            bar.update()
-            if not ids:
-                continue
-            largest = max(largest, max(ids))
-            total += len(ids) + 1
-            rows.append((total, bytes_after_first(text, ids, tokenizer)))
-            pieces.append(np.array([*ids, end], dtype=dtype))
-        for piece in pieces[1:]:
-            digest.update(piece.tobytes())
-        buffer = np.concatenate(pieces)
-        while len(buffer) >= SHARD_TOKENS:
-            buffer[:SHARD_TOKENS].tofile(folder / f"tokens-{shard:05d}.bin")
-            buffer, shard = buffer[SHARD_TOKENS:], shard + 1
-    if len(buffer):
-        buffer.tofile(folder / f"tokens-{shard:05d}.bin")
-    bar.close()
-    if not rows:
-        raise ValueError(f"data source {documents.name!r} has {len(documents)} document(s) and no text in them.")
-    np.save(folder / "documents.npy", np.array(rows, dtype=np.int64))
-    meta = {
-        "format": FORMAT, "source": documents.name, "fingerprint": documents.fingerprint, "dtype": dtype.str, "tokens": total,
-        "documents": len(rows), "largest_id": max(largest, end), "bytes": int(sum(row[1] for row in rows)),
-        "sha256": digest.hexdigest(),
-    }  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+def token_bytes(token: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes that a token stands for."""
+    if tokenizer.backend_tokenizer.decoder.__class__.__name__ == "ByteLevel":
+        return len(tokenizer.convert_ids_to_tokens([token])[0])
+    return len(str(tokenizer.decode([token])).encode())

@@ -1,29 +1,71 @@
-"""Where documents come from: the standard library, local text, or anything that `datasets` reads."""
+"""Where documents come from: the standard library, local text, JSON lines, prepared tokens, or anything that `datasets` reads."""
 
 import hashlib
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridlm.checkpoint import load_tokenizer
+from hybridlm.data.jsonl import JsonLines
+from hybridlm.data.rows import BadDocument, columns, text_of
+from hybridlm.data.sampler import permute
+from hybridlm.data.shards import Shards
 
 STDLIB = "stdlib"
 # How `datasets` calls the readers of local files.
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+HELD_OUT_KEY = 0x5EED
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from, and what of it is their text."""
+
+    source: str
+    """`stdlib` (the Python standard library's own files, the same on every machine of one Python version), a text file (one
+    document), a folder of text files (one document each), a JSONL (one document a line), JSON, CSV, Parquet or Arrow file or a
+    folder of them, a folder that `save_to_disk` wrote, one that `python -m train prepare` wrote, or a dataset on the Hugging Face
+    hub: `name` or `name:configuration`"""
+    revision: str | None = None
+    """commit, tag or branch of a hub dataset"""
+    text_column: str = "text"
+    """the column of the text, where there are columns"""
+    template: str | None = None
+    """the text instead, made of several columns: `{question}\\n{answer}`"""
+    license: str | None = None
+    """what is noted as the licence; default: what the dataset says of itself"""
+
+
+def never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts that are read when asked for.
+    """Texts that are read when asked for. A process of its own can be handed them.
 
     Attributes:
         name: what a person calls the source.
-        fingerprint: changes when the source does.
+        fingerprint: changes when the source does, or what is taken of it.
+        read: the text of a number; a `BadDocument` where that one cannot be used.
+        size: bytes of all, about.
+        changed: whether the source is another than it was when it was opened.
+        prepared: the folder that has them as tokens already.
     """
 
     name: str
     fingerprint: str
     count: int
     read: Callable[[int], str]
+    size: int = 0
+    license: str | None = None
+    changed: Callable[[], bool] = never
+    prepared: Path | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -36,76 +78,128 @@ class Documents:
     def __iter__(self) -> Iterator[str]:
         return (self.read(i) for i in range(self.count))
 
-    def part(self, start: int, stop: int) -> "Documents":
-        read, tag = self.read, f"{self.fingerprint}[{start}:{stop}]"
-        return replace(self, fingerprint=tag, count=stop - start, read=lambda i: read(start + i))
+    def only(self, numbers: np.ndarray, tag: str) -> "Documents":
+        """Those of these numbers, in their order. The tag tells their fingerprint from that of the whole."""
+        read, size = partial(_numbered, self.read, numbers), self.size * len(numbers) // self.count
+        return replace(self, fingerprint=f"{self.fingerprint}[{tag}]", count=len(numbers), read=read, size=size)
 
 
-def open_source(source: str, split: str, text_column: str = "text") -> Documents:
+def _numbered(read: Callable[[int], str], numbers: np.ndarray, i: int) -> str:
+    return read(int(numbers[i]))
+
+
+def open_source(source: Source, split: str) -> Documents:
     """The documents of `source`.
 
     Args:
-        source: `stdlib` (the Python standard library's own files, the same on every machine of one Python version), a text file
-            (one document), a folder of text files (one document each), a JSONL, JSON, CSV, Parquet or Arrow file or a folder of
-            them, a folder that `save_to_disk` wrote, or a dataset on the Hugging Face hub: `name` or `name:configuration`.
         split: `train` or `validation`. A plain file or folder has only `train`.
-        text_column: the column of the text, where there are columns.
 
     Raises:
         ValueError: no such source, split or column, or nothing in it.
     """
-    path = Path(source).expanduser()
-    if source == STDLIB:
+    name, path = source.source, Path(source.source).expanduser()
+    if source.template is not None:
+        columns(source.template)  # a fault in it is one, whatever the source
+    if name == STDLIB:
         documents = _stdlib(split)
-    elif path.exists() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        kinds = sorted({p.suffix if p.suffix in READERS else "text" for p in files})
-        if len(kinds) > 1:
-            raise ValueError(f"data source {source!r} has files of several kinds: {', '.join(kinds)}; give one kind at a time.")
-        if split != "train":
-            raise NoSuchSplit(f"data source {source!r} has no {split} split.")
-        text = kinds in ([], ["text"])
-        documents = _text_files(source, path, files) if text else _dataset(source, files, split, text_column)
+    elif is_prepared(name):
+        documents = _prepared(name, split)
     else:
-        documents = _dataset(source, [], split, text_column)
+        documents = _files(source, path, split) if path.exists() else _dataset(source, [], split)
     if not len(documents):
-        raise ValueError(f"data source {source!r} ({split}) has no documents; give one that has text.")
-    return documents
+        raise ValueError(f"data source {name!r} ({split}) has no documents; give one that has text.")
+    if (source.text_column, source.template) != (Source.text_column, None):
+        what = hashlib.sha256(repr((source.text_column, source.template)).encode()).hexdigest()[:16]
+        documents = replace(documents, fingerprint=f"{documents.fingerprint}[{what}]")
+    return documents if source.license is None else replace(documents, license=source.license)
 
 
-def split_source(
-    source: str, val_source: str | None, val_fraction: float, text_column: str = "text"
-) -> tuple[Documents, Documents]:
+def split_source(source: Source, val_source: Source | None, val_fraction: float) -> tuple[Documents, Documents]:
     """Training and validation documents.
 
-    Validation is `val_source` where given; else the source's own validation split where it has one (stdlib, hub datasets); else
-    the last `val_fraction` of its documents, or, where it is a single document, of its characters.
+    Validation is `val_source` where given; else the source's own validation split where it has one (stdlib, prepared folders,
+    hub datasets); else `val_fraction` of its documents, drawn from all over it since a source may be sorted, or, where it is a
+    single document, the end of its characters.
     """
-    training = open_source(source, "train", text_column)
+    training = open_source(source, "train")
     if val_source is not None:
-        return training, open_source(val_source, "validation" if val_source == STDLIB else "train", text_column)
+        return training, open_validation(val_source)
     try:
-        return training, open_source(source, "validation", text_column)
+        return training, open_source(source, "validation")
     except NoSuchSplit:
         pass
-    if len(training) > 1:
-        first = len(training) - max(1, round(len(training) * val_fraction))
-        return training.part(0, first), training.part(first, len(training))
-    text = training[0]
-    cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
+    tag = f"val_fraction={val_fraction}"
+    if (count := len(training)) > 1:
+        held_out = np.zeros(count, dtype=bool)
+        for i in range(min(count - 1, max(1, round(count * val_fraction)))):
+            held_out[permute(i, count, HELD_OUT_KEY)] = True
+        return training.only(np.flatnonzero(~held_out), f"train, {tag}"), training.only(np.flatnonzero(held_out), tag)
+    length = len(training[0])
+    cut = int(length * (1 - val_fraction))
+    if not 0 < cut < length:
         raise ValueError(
-            f"data source {source!r} has {len(text)} characters, too few to hold out data.val_fraction={val_fraction}."
+            f"data source {source.source!r} has {length} characters, too few to hold out data.val_fraction={val_fraction}."
         )
 
     def piece(start: int, stop: int) -> Documents:
-        return replace(training, fingerprint=f"{training.fingerprint}[{start}:{stop}c]", read=lambda _: text[start:stop])
+        fingerprint, size = f"{training.fingerprint}[{start}:{stop}c]", training.size * (stop - start) // length
+        return replace(training, fingerprint=fingerprint, size=size, read=partial(_characters, training.read, start, stop))
 
-    return piece(0, cut), piece(cut, len(text))
+    return piece(0, cut), piece(cut, length)
+
+
+def open_validation(val_source: Source) -> Documents:
+    """All of a source that was given for validation, or what it holds out of itself (stdlib, prepared folders)."""
+    own = val_source.source == STDLIB or is_prepared(val_source.source)
+    return open_source(val_source, "validation" if own else "train")
+
+
+def _characters(read: Callable[[int], str], start: int, stop: int, i: int) -> str:
+    return read(i)[start:stop]
 
 
 class NoSuchSplit(ValueError):
     """The source has no split of that name."""
+
+
+def _files(source: Source, path: Path, split: str) -> Documents:
+    """Local files: text, JSON lines, tables, or a folder that `save_to_disk` wrote."""
+    name, files = source.source, list_files(path)
+    stamp = stamp_of(path, files)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        documents = _dataset(source, [], split)
+    else:
+        kinds = sorted({p.suffix if p.suffix in READERS else "text" for p in files})
+        if len(kinds) > 1:
+            raise ValueError(f"data source {name!r} has files of several kinds: {', '.join(kinds)}; give one kind at a time.")
+        if split != "train":
+            raise NoSuchSplit(f"data source {name!r} has no {split} split.")
+        if kinds == [".jsonl"]:
+            lines = JsonLines(files, source.text_column, source.template)
+            documents = Documents(name, "", int(lines.ends[-1]), lines.read)
+        elif kinds in ([], ["text"]):
+            documents = _text_files(name, files)
+        else:
+            documents = _dataset(source, files, split)
+    size = documents.size or sum(file.stat().st_size for file in files)
+    return replace(documents, fingerprint=f"{stamp}[{split}]", size=size, changed=partial(_differs, path, stamp))
+
+
+def list_files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def stamp_of(root: Path, files: list[Path]) -> str:
+    """Changes with the names, sizes and times of the files."""
+    stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _differs(path: Path, stamp: str) -> bool:
+    try:
+        return stamp_of(path, list_files(path)) != stamp
+    except OSError:  # it is no longer there
+        return True
 
 
 def _stdlib(split: str) -> Documents:
@@ -118,7 +212,9 @@ def _stdlib(split: str) -> Documents:
             keyed.append((hashlib.sha256(name.encode()).hexdigest(), path))
     # In the order of the hash, so that any run of files is a fair sample.
     chosen = [path for key, path in sorted(keyed) if (int(key[:8], 16) % 10 == 0) == (split == "validation")]
-    return _text_files(f"{STDLIB} ({split})", root, [p for p in chosen if _is_text(p)])
+    files = [p for p in chosen if _is_text(p)]
+    size = sum(file.stat().st_size for file in files)
+    return replace(_text_files(f"{STDLIB} ({split})", files), fingerprint=stamp_of(root, files), size=size, license="PSF-2.0")
 
 
 def _is_text(path: Path) -> bool:
@@ -131,29 +227,51 @@ def _is_text(path: Path) -> bool:
     return bool(data)
 
 
-def _text_files(name: str, root: Path, paths: list[Path]) -> Documents:
-    stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-
-    def read(i: int) -> str:
-        try:
-            return paths[i].read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{paths[i]} is not UTF-8 text: {error}. Convert it, or leave it out of {name!r}.") from None
-
-    return Documents(name, fingerprint, len(paths), read)
+def _text_files(name: str, paths: list[Path]) -> Documents:
+    return Documents(name, "", len(paths), partial(_text, paths))
 
 
-def _dataset(source: str, files: list[Path], split: str, text_column: str) -> Documents:
+def _text(paths: list[Path], i: int) -> str:
+    try:
+        return paths[i].read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"{paths[i]}: invalid UTF-8 at byte {error.start}; convert the file to UTF-8, or leave it out."
+        raise BadDocument("invalid UTF-8", message) from None
+
+
+def is_prepared(source: str) -> bool:
+    path = Path(source).expanduser()
+    return (path / "tokenizer").is_dir() and any((path / split / "meta.json").exists() for split in ("train", "validation"))
+
+
+def _prepared(source: str, split: str) -> Documents:
+    """Documents whose tokens are there already; read as text, they are decoded."""
+    folder = Path(source).expanduser() / split
+    if not (folder / "meta.json").exists():
+        raise ValueError(f"data source {source!r} is not prepared to the end; give the same `python -m train prepare` again.")
+    shards = Shards(folder).check()
+    meta = shards.meta
+    read = partial(_decoded, shards, load_tokenizer(folder.parent / "tokenizer"))
+    fingerprint = f"{meta['sha256'][:16]}"
+    return Documents(source, fingerprint, meta["documents"], read, meta["bytes"], meta["license"], prepared=folder)
+
+
+def _decoded(shards: Shards, tokenizer: Any, i: int) -> str:
+    start = shards.documents[i - 1, 0] if i else 0
+    ids = shards.read(np.arange(start, shards.documents[i, 0] - 1))
+    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+def _dataset(source: Source, files: list[Path], split: str) -> Documents:
     """Table files, a folder that `save_to_disk` wrote, or a name on the hub (`name`, or `name:configuration`)."""
     import datasets  # takes a second, and most runs of the tools need none
     import pyarrow
 
-    path = Path(source).expanduser()
-    like_a_file = path.suffix in READERS or path.suffix in (".txt", ".md", ".py")
-    if not path.exists() and (like_a_file or source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ValueError(f"data source {source!r} does not exist (looked for {path.absolute()}).")
-    name, _, configuration = source.partition(":")
+    path = Path(source.source).expanduser()
+    like_a_file = path.suffix in (".txt", ".md", ".py", *READERS)
+    if not path.exists() and (like_a_file or source.source.startswith((".", "/", "~")) or source.source.count("/") > 1):
+        raise ValueError(f"data source {source.source!r} does not exist (looked for {path.absolute()}).")
+    name, _, configuration = source.source.partition(":")
     try:
         if files:
             table = datasets.load_dataset(READERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
@@ -161,28 +279,30 @@ def _dataset(source: str, files: list[Path], split: str, text_column: str) -> Do
             loaded = datasets.load_from_disk(str(path))
             splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
             if split not in splits:
-                raise NoSuchSplit(f"data source {source!r} has the splits {sorted(splits)}, not {split!r}.")
+                raise NoSuchSplit(f"data source {source.source!r} has the splits {sorted(splits)}, not {split!r}.")
             table = splits[split]
         else:
-            names = datasets.get_dataset_split_names(name, configuration or None)
+            names = datasets.get_dataset_split_names(name, configuration or None, revision=source.revision)
             if split not in names:
-                raise NoSuchSplit(f"data source {source!r} has the splits {names}, not {split!r}.")
-            table = datasets.load_dataset(name, configuration or None, split=split)
+                raise NoSuchSplit(f"data source {source.source!r} has the splits {names}, not {split!r}.")
+            table = datasets.load_dataset(name, configuration or None, split=split, revision=source.revision)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"data source {source!r} is no local file or folder, and the hub has no such dataset, or cannot be reached: {error}"
+            f"data source {source.source!r} is no local file or folder, and the hub has no such dataset, or cannot be reached: "
+            f"{error}"
         ) from None
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, StopIteration, OSError) as error:
-        raise ValueError(f"data source {source!r} cannot be read: {error.__cause__ or error or 'it is empty'}.") from None
-    if text_column not in table.column_names:
+        raise ValueError(f"data source {source.source!r} cannot be read: {error.__cause__ or error or 'it is empty'}.") from None
+    wanted = [source.text_column] if source.template is None else columns(source.template)
+    setting = f"data.text_column={source.text_column!r}" if source.template is None else f"data.template={source.template!r}"
+    if missing := [column for column in wanted if column not in table.column_names]:
         raise ValueError(
-            f"data source {source!r} has the columns {table.column_names}; data.text_column={text_column!r} is none."
+            f"data source {source.source!r} has the columns {table.column_names}; {setting} asks for {', '.join(missing)}."
         )
+    table = table.select_columns(list(dict.fromkeys(wanted)))
+    read = partial(_row, table, source)
+    return Documents(source.source, table._fingerprint, len(table), read, table.data.nbytes, table.info.license or None)
 
-    def read(i: int) -> str:
-        text = table[i][text_column]
-        if not isinstance(text, str):
-            raise ValueError(f"data source {source!r}: document {i} has {text!r} in column {text_column!r}, which is no text.")
-        return text
 
-    return Documents(source, table._fingerprint, len(table), read)
+def _row(table: Any, source: Source, i: int) -> str:
+    return text_of(table[i], source.text_column, source.template, f"{source.source}, row {i}")

@@ -10,7 +10,7 @@ each of which reads the whole stream and takes its rows.
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hybridlm.data.rows import BadDocument, text_of
 from hybridlm.data.shards import tokenize
-from hybridlm.data.sources import READERS
+from hybridlm.data.sources import READERS, Source
 from hybridlm.ops.cross_entropy import IGNORE
 
 if TYPE_CHECKING:  # it takes a second, and most runs need none
@@ -79,15 +80,13 @@ class Streamed:
     """Samples by number, forwards only. Call `seek` first.
 
     Attributes:
-        source: what a person calls the data.
-        text: the text of a row.
+        source: what it is called, and what of a row is its text.
         keep: how many samples back from the furthest read can be read, told of and come back to: a global batch, since what has
             been read of the next step may have to be left again.
     """
 
-    source: str
+    source: Source
     dataset: "datasets.IterableDataset"
-    text: Callable[[dict], object]
     tokenizer: PreTrainedTokenizerBase
     seq_len: int
     vocab_size: int
@@ -98,8 +97,12 @@ class Streamed:
     bad: int = field(default=0, init=False)
 
     @property
+    def name(self) -> str:
+        return self.source.source
+
+    @property
     def names(self) -> list[str]:
-        return [self.source]
+        return [self.name]
 
     def batch(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Samples start … stop - 1: `input_ids`, `targets` (-100 where the next token is of another document) and `seq_idx`.
@@ -126,11 +129,11 @@ class Streamed:
                 if held.start < first + self.seq_len  # one that begins behind that has no target here
             ]
 
-        return [{"sample": n, "source": self.source, "documents": documents(n)} for n in range(start, stop)]
+        return [{"sample": n, "source": self.name, "documents": documents(n)} for n in range(start, stop)]
 
     def identity(self, position: int) -> dict:
         """What decides the samples, as JSON."""
-        return {"packing": "streaming", "seq_len": self.seq_len, "source": self.source}
+        return {"packing": "streaming", "seq_len": self.seq_len, "source": self.name}
 
     def changed(self, identity: dict, position: int) -> list[str]:
         """A line for each thing because of which `position` would not mean what it did in the run that saved `identity`.
@@ -159,14 +162,14 @@ class Streamed:
         self._next = position * self.seq_len - cursor.get("skip", 0)
         if cursor and _digest(self._documents(position)[0].ids) != cursor["sha256"]:
             raise ValueError(
-                f"{self.source} has another text in row {cursor['row']} than when the checkpoint was saved, or the tokenizer is "
+                f"{self.name} has another text in row {cursor['row']} than when the checkpoint was saved, or the tokenizer is "
                 "another, so its place in the data means nothing here. Restore what it was, or start a new run from its model "
                 "(--model.init_from)."
             )
 
     def summary(self, stop: int) -> list[str]:
         """A line on the source."""
-        return [f"{self.source}: streamed"]
+        return [f"{self.name}: streamed"]
 
     def _documents(self, number: int) -> list[Held]:
         """The documents of a sample, from the one of its first token to that of its last target."""
@@ -205,7 +208,7 @@ class Streamed:
                         found = True
                         yield epoch, number, before, self._checked(np.array([*ids, end], dtype=np.int64), number)
             if not found:
-                raise ValueError(f"data source {self.source!r} has no text in it.")
+                raise ValueError(f"data source {self.name!r} has no text in it.")
             epoch, row, state, found = epoch + 1, 0, None, False
 
     def _texts(self, row: int, state: dict | None) -> Iterator[tuple[int, dict | None, str]]:
@@ -215,26 +218,25 @@ class Streamed:
 
         try:
             for number, content in enumerate(self.dataset, row):
-                text = self.text(content)
-                if isinstance(text, str):
-                    yield number, state, text
-                elif self.skip_bad:
+                try:
+                    where = f"{self.name}, row {number}"
+                    yield number, state, text_of(content, self.source.text_column, self.source.template, where)
+                except BadDocument as error:
+                    if not self.skip_bad:
+                        raise BadDocument(
+                            error.reason, f"{error} Mend it, or leave such out with data.bad_documents=skip."
+                        ) from None
                     self.bad += 1
                     if self.bad & (self.bad - 1) == 0:  # the 1st, 2nd, 4th, 8th, …
-                        logger.warning("%s: skipped %d row(s) without text so far, now row %d", self.source, self.bad, number)
-                else:
-                    raise ValueError(
-                        f"data source {self.source!r}: row {number} has {text!r} for a text. Mend it, choose another "
-                        "data.text_column, or set data.bad_documents: skip."
-                    )
+                        logger.warning("skipped %d bad document(s) so far, now: %s", self.bad, error)
                 state = self.dataset.state_dict()
         except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-            raise ValueError(f"data source {self.source!r} cannot be read: {error.__cause__ or error}.") from None
+            raise ValueError(f"data source {self.name!r} cannot be read: {error.__cause__ or error}.") from None
 
     def _checked(self, ids: np.ndarray, row: int) -> np.ndarray:
         if (wrong := ids >= self.vocab_size).any():
             raise ValueError(
-                f"{self.source}: token id {ids[wrong][0]} at offset {wrong.argmax()} of row {row} is not in the model's "
+                f"{self.name}: token id {ids[wrong][0]} at offset {wrong.argmax()} of row {row} is not in the model's "
                 f"vocabulary (vocab_size={self.vocab_size}); set vocab_size to the tokenizer's, or take the model's own."
             )
         return ids

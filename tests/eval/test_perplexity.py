@@ -86,9 +86,9 @@ def test_max_bytes_takes_whole_documents_until_they_reach_it(evaluate, model_fol
 def test_the_validation_split_is_taken_where_there_is_one(evaluate, model_folder):
     row = evaluate(model_folder(), "stdlib", "--max-bytes", 1)
     assert row["data"] == "stdlib"
-    from hybridlm.data.sources import open_source
+    from hybridlm.data.sources import Source, open_source
 
-    assert row["bytes"] == len(open_source("stdlib", "validation")[0].encode()) - 1
+    assert row["bytes"] == len(open_source(Source("stdlib"), "validation")[0].encode()) - 1
 
 
 def test_several_models_give_a_list_and_a_table(command, model_folder, text_folder, tmp_path):

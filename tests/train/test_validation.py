@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from hybridlm import HybridLMForCausalLM
+from hybridlm.data.sources import Source, split_source
 from hybridlm.scoring import Score
 from hybridlm.tokenizer import byte_tokenizer
 from train.loop import train
@@ -26,8 +27,10 @@ def test_validation_is_the_loss_on_the_held_out_text_to_the_last_token(make_conf
     train(config)
     model = HybridLMForCausalLM.from_pretrained(Path(config.run_dir) / "model")
     nats = tokens = 0
-    for file in sorted(text_folder.iterdir())[-2:]:  # a tenth of twenty documents
-        ids = torch.tensor([*file.read_bytes()])
+    held_out = split_source(Source(str(text_folder)), None, 0.1)[1]
+    assert len(held_out) == 2  # a tenth of twenty documents
+    for text in held_out:
+        ids = torch.tensor([*text.encode()])
         for start in range(0, len(ids) - 1, 32):
             window = ids[start : start + 33]
             with torch.no_grad():

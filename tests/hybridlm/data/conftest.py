@@ -43,3 +43,10 @@ def numbered(tmp_path):
         return Numbered(np.stack([ends, np.ones_like(ends)], axis=-1), tmp_path, **settings)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def own_cache_of_datasets(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridlm.data.packing import BestFit
+from hybridlm.data.preparation import prepare_documents
 from hybridlm.data.sampler import Sampler, permute
-from hybridlm.data.shards import prepare
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
 
 
 def shards_of(texts, folder):
-    return prepare(Documents("test", repr(texts), len(texts), lambda i: texts[i]), byte_tokenizer(), folder, quiet=True)
+    documents = Documents("test", repr(texts), len(texts), lambda i: texts[i])
+    return prepare_documents(documents, byte_tokenizer(), folder, quiet=True)
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hybridlm.data import streaming
+from hybridlm.data.sources import Source
 from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.tokenizer import byte_tokenizer
 from train.loader import batches
@@ -41,7 +42,7 @@ def write(tmp_path):
 
 def opened(folder, *, seq_len=5, keep=12, vocab_size=258, skip_bad=False, start=True):
     dataset = open_streaming(folder)
-    stream = Streamed("s", dataset, lambda row: row.get("text"), byte_tokenizer(), seq_len, vocab_size, keep, skip_bad)
+    stream = Streamed(Source("s"), dataset, byte_tokenizer(), seq_len, vocab_size, keep, skip_bad)
     if start:
         stream.seek(0, {})
     return stream
@@ -158,7 +159,7 @@ def test_the_identity_tells_what_is_other(write):
 
 def test_a_row_without_text_stops_or_is_skipped_and_counted(write, caplog):
     folder = write(texts=["ab", None, "cd", None, None, "ef"], files=1)
-    with pytest.raises(ValueError, match=r"row 1 has None for a text.*bad_documents: skip"):
+    with pytest.raises(ValueError, match=r"row 1: 'text' is null.*data.bad_documents=skip"):
         opened(folder).batch(0, 1)
     with caplog.at_level(logging.WARNING):
         batch = opened(folder, skip_bad=True, seq_len=9).batch(0, 1)
