@@ -164,8 +164,8 @@ def test_a_row_without_text_stops_or_is_skipped_and_counted(write, caplog):
     with caplog.at_level(logging.WARNING):
         batch = opened(folder, skip_bad=True, seq_len=9).batch(0, 1)
     assert batch["input_ids"].tolist() == [[*b"ab", 256, *b"cd", 256, *b"ef", 256]]
-    assert "skipped 1 row(s) without text so far, now row 1" in caplog.text
-    assert "skipped 2 row(s)" in caplog.text and "skipped 3 row(s)" not in caplog.text
+    assert "skipped 1 bad document(s) so far, now: s, row 1: 'text' is null" in caplog.text
+    assert "skipped 2 bad" in caplog.text and "skipped 3 bad" not in caplog.text
 
 
 def test_a_source_without_any_text_is_an_error_and_no_endless_search(write):
