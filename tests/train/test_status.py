@@ -1,3 +1,4 @@
+import fcntl
 import json
 import shutil
 import subprocess
@@ -85,6 +86,13 @@ def test_who_holds_the_lock_is_running_and_keeps_it(run):
         pass
 
 
+def test_another_look_at_the_same_moment_is_not_taken_for_a_run(run):
+    (run / ".lock").touch()
+    with (run / ".lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert look(run)[0]["state"] == "done"
+
+
 def test_a_process_that_was_killed_holds_no_lock(run):
     code = "import filelock, os, signal; filelock.FileLock('a run/.lock').acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
@@ -103,6 +111,13 @@ def test_a_stopped_run_says_what_it_will_run_again_and_how_long_the_rest_takes(r
     assert "stopped; not saved: the last 3 steps, which will be run again" in page
     assert "87%, step 7 of 8" in page
     assert content["next"] == "python -m train --config 'a run'/config.yaml"
+
+
+def test_a_run_stopped_before_its_first_checkpoint_will_run_all_of_it_again(run):
+    shutil.rmtree(run / "checkpoints")
+    content, page = look(run)
+    assert (content["state"], content["checkpoint"]) == ("stopped", None)
+    assert "not saved: the last 8 steps" in page
 
 
 def test_a_run_stopped_after_saving_has_nothing_to_run_again(run):
@@ -181,6 +196,8 @@ ODD = [
 
 def test_no_line_whatever_it_holds_stops_the_look(run):
     good = (run / "metrics.jsonl").read_text().splitlines()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("steps: 8", "steps: 80"))  # so that there is time left to compute
     (run / "ranks").mkdir()
     for i, line in enumerate([*GARBAGE, *ODD]):
         text = line if isinstance(line, str) else json.dumps(line)
