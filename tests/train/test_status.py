@@ -72,7 +72,8 @@ def test_who_holds_the_lock_is_running_and_keeps_it(run):
     shutil.rmtree(run / "checkpoints" / "step-8")
     lock = filelock.FileLock(run / ".lock")
     with lock:
-        (run / "owner.json").write_text(json.dumps({"host": "node-3", "pid": 4711, "since": 1.0}))
+        owner = json.dumps({"host": "node-3", "pid": 4711, "since": 1.0})
+        (run / "owner.json").write_text(owner)
         content, page = look(run)
         assert content["state"] == "running" and content["next"] == "tail -f 'a run'/metrics.jsonl"
         assert "running, process 4711 on node-3; last line" in page
@@ -80,6 +81,7 @@ def test_who_holds_the_lock_is_running_and_keeps_it(run):
             filelock.FileLock(run / ".lock").acquire(timeout=0)
         (run / "owner.json").write_text("[")
         assert "state running; last line" in look(run)[1]
+        (run / "owner.json").write_text(owner)  # and left there by a run that was killed
     content, page = look(run)
     assert content["state"] == "stopped" and content["owner"] is None
     with lock.acquire(timeout=0):
@@ -253,7 +255,7 @@ def test_ranks_that_lag_or_are_silent_are_marked(run):
     with filelock.FileLock(run / ".lock"):
         content, page = look(run)
     assert [one["steps_behind"] for one in content["ranks"]] == [0, 3, 0]
-    assert "5 1 min ago 3 behind, silent 2 node failed: no memory 8 1 min ago" in page
+    assert "5 1 min ago 3 behind, silent 2 node failed: no memory 8 1 min ago next" in page
     assert "silent" not in look(run)[1]  # nobody is expected to speak any more
     shutil.rmtree(run / "checkpoints" / "step-8")
     assert look(run)[0]["next"] == "accelerate launch -m train --config 'a run'/config.yaml"
