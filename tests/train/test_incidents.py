@@ -94,6 +94,13 @@ def test_a_gradient_alone_that_is_not_finite_is_named_where_backward_broke(step)
     assert set(incident["gradients"]["names"]) < set(below)
 
 
+def test_a_loss_alone_that_is_not_finite_again_is_repeatable(step):
+    model, run = step
+    incident = diagnose(model, run().item() + math.inf, norm(model), lambda: run() + math.inf)
+    assert incident["gradients"]["count"] == 0
+    assert incident["repeatable"] is True and incident["first_layer"] == {"layer": None, "kind": "head"}
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_wrong_result_that_does_not_come_again_is_not_repeatable(step, kind):
     model, run = step
@@ -134,6 +141,8 @@ def test_the_first_bad_pass_of_several_is_not_hidden_by_a_good_one(step, draw_id
 def test_looking_leaves_everything_as_it_was(step, fails):
     model, run = step
     loss = run().item()
+    for p in model.parameters():
+        p.grad *= 2  # not what a rerun gives
     before, weights = norm(model), copy.deepcopy(model.state_dict())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     random_numbers = torch.get_rng_state()
@@ -198,8 +207,9 @@ def test_a_spike_is_more_than_sigma_deviations_above_the_mean_of_the_window():
     assert not Spikes(None, 4, spikes.losses).is_spike(1e9)
 
 
-def test_spikes_are_found_from_when_the_window_is_half_full():
-    spikes = Spikes(sigma=3.0, window=7)
+@pytest.mark.parametrize("window", [7, 8])
+def test_spikes_are_found_from_when_the_window_is_half_full(window):
+    spikes = Spikes(sigma=3.0, window=window)
     for loss in (1.0, 1.1, 0.9):
         assert not spikes.is_spike(100.0)
         spikes.accept(loss)

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import shutil
 import subprocess
@@ -71,7 +72,8 @@ def test_who_holds_the_lock_is_running_and_keeps_it(run):
     shutil.rmtree(run / "checkpoints" / "step-8")
     lock = filelock.FileLock(run / ".lock")
     with lock:
-        (run / "owner.json").write_text(json.dumps({"host": "node-3", "pid": 4711, "since": 1.0}))
+        owner = json.dumps({"host": "node-3", "pid": 4711, "since": 1.0})
+        (run / "owner.json").write_text(owner)
         content, page = look(run)
         assert content["state"] == "running" and content["next"] == "tail -f 'a run'/metrics.jsonl"
         assert "running, process 4711 on node-3; last line" in page
@@ -79,10 +81,18 @@ def test_who_holds_the_lock_is_running_and_keeps_it(run):
             filelock.FileLock(run / ".lock").acquire(timeout=0)
         (run / "owner.json").write_text("[")
         assert "state running; last line" in look(run)[1]
+        (run / "owner.json").write_text(owner)  # and left there by a run that was killed
     content, page = look(run)
     assert content["state"] == "stopped" and content["owner"] is None
     with lock.acquire(timeout=0):
         pass
+
+
+def test_another_look_at_the_same_moment_is_not_taken_for_a_run(run):
+    (run / ".lock").touch()
+    with (run / ".lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert look(run)[0]["state"] == "done"
 
 
 def test_a_process_that_was_killed_holds_no_lock(run):
@@ -103,6 +113,13 @@ def test_a_stopped_run_says_what_it_will_run_again_and_how_long_the_rest_takes(r
     assert "stopped; not saved: the last 3 steps, which will be run again" in page
     assert "87%, step 7 of 8" in page
     assert content["next"] == "python -m train --config 'a run'/config.yaml"
+
+
+def test_a_run_stopped_before_its_first_checkpoint_will_run_all_of_it_again(run):
+    shutil.rmtree(run / "checkpoints")
+    content, page = look(run)
+    assert (content["state"], content["checkpoint"]) == ("stopped", None)
+    assert "not saved: the last 8 steps" in page
 
 
 def test_a_run_stopped_after_saving_has_nothing_to_run_again(run):
@@ -181,6 +198,8 @@ ODD = [
 
 def test_no_line_whatever_it_holds_stops_the_look(run):
     good = (run / "metrics.jsonl").read_text().splitlines()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("steps: 8", "steps: 80"))  # so that there is time left to compute
     (run / "ranks").mkdir()
     for i, line in enumerate([*GARBAGE, *ODD]):
         text = line if isinstance(line, str) else json.dumps(line)
@@ -236,7 +255,7 @@ def test_ranks_that_lag_or_are_silent_are_marked(run):
     with filelock.FileLock(run / ".lock"):
         content, page = look(run)
     assert [one["steps_behind"] for one in content["ranks"]] == [0, 3, 0]
-    assert "5 1 min ago 3 behind, silent 2 node failed: no memory 8 1 min ago" in page
+    assert "5 1 min ago 3 behind, silent 2 node failed: no memory 8 1 min ago next" in page
     assert "silent" not in look(run)[1]  # nobody is expected to speak any more
     shutil.rmtree(run / "checkpoints" / "step-8")
     assert look(run)[0]["next"] == "accelerate launch -m train --config 'a run'/config.yaml"
