@@ -63,7 +63,7 @@ class Data:
     revision: str | None = None
     """commit, branch or tag of a hub dataset; default: the newest"""
     val_source: str | None = None
-    """where validation comes from; default: the source's own validation split, else its last val_fraction"""
+    """where validation comes from; default: the source's own validation split, else val_fraction of it"""
     val_fraction: Share = 0.1
     """share held out of a source that has no validation split: of its documents, or of the characters of a single one"""
     text_column: str = "text"
