@@ -1,6 +1,7 @@
 """Where documents come from: the standard library, local text, JSON lines, prepared tokens, or anything that `datasets` reads."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -206,10 +207,11 @@ def _stdlib(split: str) -> Documents:
     """The .py files in which Python itself is written; a tenth of them, by a hash of their path, is validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     keyed = []
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root).as_posix()
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts):
-            keyed.append((hashlib.sha256(name.encode()).hexdigest(), path))
+    for folder, inner, names in os.walk(root):
+        # Not walked into: what is installed there can be twenty times the library.
+        inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            keyed.append((hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest(), path))
     # In the order of the hash, so that any run of files is a fair sample.
     chosen = [path for key, path in sorted(keyed) if (int(key[:8], 16) % 10 == 0) == (split == "validation")]
     files = [p for p in chosen if _is_text(p)]
