@@ -1,4 +1,12 @@
+import os
 import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -46,3 +54,75 @@ def make_config(text_folder, tmp_path):
         return parse(values)
 
     return make
+
+
+@dataclass
+class Ended:
+    status: int  # minus the signal that ended it, as in subprocess
+    out: str
+    err: str
+    at: float  # seconds, by time.monotonic()
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """Runs `work(rank)` in processes of one process group, forked from this one: to import torch anew would take seconds."""
+
+    def run(ranks: int, work: Callable[[int], None], limit: float = 30, launcher: bool = False) -> list[Ended]:
+        """With a `launcher` the others get SIGTERM when one fails, as from torchrun. Stopped ones that are left are killed."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        pids = [_fork(rank, ranks, port, work, tmp_path / f"rank-{rank}") for rank in range(ranks)]
+        running, status, at, stopped, told = set(range(ranks)), {}, {}, set(), False
+        until = time.monotonic() + limit
+        while running and time.monotonic() < until:
+            for rank in sorted(running):
+                pid, word = os.waitpid(pids[rank], os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+                if pid and os.WIFSTOPPED(word):
+                    stopped.add(rank)
+                elif pid and os.WIFCONTINUED(word):
+                    stopped.discard(rank)
+                elif pid:
+                    running.discard(rank)
+                    status[rank], at[rank] = os.waitstatus_to_exitcode(word), time.monotonic()
+            if status and running and running <= stopped:
+                break
+            if launcher and not told and any(status.values()):
+                told = True
+                for rank in running:
+                    os.kill(pids[rank], signal.SIGTERM)
+            time.sleep(0.005)
+        for rank in running:
+            os.kill(pids[rank], signal.SIGKILL)
+            os.waitpid(pids[rank], 0)
+            status[rank], at[rank] = -signal.SIGKILL, time.monotonic()
+        said = [[(tmp_path / f"rank-{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(ranks)]
+        ended = [Ended(status[rank], *said[rank], at[rank]) for rank in range(ranks)]
+        assert running <= stopped, f"ranks {running - stopped} ran for more than {limit} s: {ended}"
+        return ended
+
+    return run
+
+
+def _fork(rank: int, ranks: int, port: int, work: Callable[[int], None], prefix) -> int:
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{prefix}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        work(rank)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
