@@ -78,11 +78,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         optimizer = adamw(model, config.optim)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
-        spikes = Spikes(config.train.spike_sigma, config.train.spike_window)
+        spikes, cursor = Spikes(config.train.spike_sigma, config.train.spike_window), {}
         if start_from is not None:
             model.to(accelerator.device)
             state = checkpoint.load(start_from, model, optimizer)
-            step, samples, tokens = state["step"], state["samples"], state["tokens"]
+            step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
             if changed := stream.changed(state["identity"], samples):
                 raise ValueError(
@@ -92,7 +92,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 )
             if step > config.train.steps:
                 raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
-            stream.seek(samples, state["cursor"])
+        stream.seek(samples, cursor)
         first_on_main(accelerator, lambda: claim(config, start_from, step) if main else None)
 
         # 2. The machine.
