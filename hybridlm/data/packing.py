@@ -53,9 +53,8 @@ def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
             room, window = size, count
             count += 1
         windows[piece] = window
-        if room > length:
-            with_room[room - length].append(window)
-            rooms |= 1 << room - length
+        with_room[room - length].append(window)
+        rooms |= 1 << room - length
     return windows
 
 

@@ -198,7 +198,7 @@ class Streamed:
 
     def _read(self, epoch: int, row: int, state: dict | None) -> Iterator[tuple[int, int, dict | None, np.ndarray]]:
         """(epoch, row, state before it, tokens) of every document with text from `row` on, epoch after epoch."""
-        end, found = self.tokenizer.eos_token_id, row > 0
+        end, found = self.tokenizer.eos_token_id, False
         while True:
             self.dataset.load_state_dict(state or {})
             rows = self._texts(row, state)
