@@ -388,8 +388,7 @@ def to_json(content: Any) -> bytes:
 
 
 def save_table(path: Path, table: np.ndarray) -> None:
-    content = BytesIO()
-    np.save(content, table, allow_pickle=False)
+    np.save(content := BytesIO(), table, allow_pickle=False)
     write_atomically(path, content.getbuffer())
 
 

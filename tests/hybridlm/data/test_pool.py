@@ -27,13 +27,14 @@ def test_every_part_is_done_once_and_progress_comes_back(tmp_path, workers):
     assert sum(progress) == sum(NAMES) + len(NAMES)
 
 
-def test_a_process_that_dies_is_an_error_that_names_its_part():
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_process_that_dies_is_an_error_that_names_its_part(workers):
     def job(number, advance):
         if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(ChildProcessError, match=r"part 5 \(the part called 5\) died with exit code -9"):
-        run_parts(job, NAMES, 3, lambda _: None)
+        run_parts(job, NAMES, workers, lambda _: None)
 
 
 def test_what_a_job_raises_is_raised_here_and_what_goes_on_elsewhere_is_ended(tmp_path):

@@ -125,6 +125,15 @@ def test_a_part_that_was_cut_short_is_named(folder):
         Shards(folder).check()
 
 
+def test_parts_that_have_other_tokens_together_than_the_whole_are_refused(folder):
+    parts = Shards(folder).meta["parts"]
+    with (folder / "tokens-00001.bin").open("ab") as file:
+        file.write(b"\0\0")
+    alter(folder, parts=[parts[0], parts[1] | {"tokens": parts[1]["tokens"] + 1}])
+    with pytest.raises(ValueError, match=r"its parts do not have its 20 tokens together"):
+        Shards(folder).check()
+
+
 @pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens-00001.bin", "documents.npy"])
 def test_a_flipped_bit_is_found_when_everything_is_read(folder, name):
     content = bytearray((folder / name).read_bytes())
