@@ -32,7 +32,7 @@ def report(run: Path, prompts: list[int]) -> str:
     """
     quiet()
     config_text, config, metrics = read_run(run)
-    training = [row for row in metrics if "loss" in row]
+    training = [row for row in metrics if row.get("loss") is not None]  # null where a step went wrong
     validation = [row for row in metrics if "val_loss" in row]
     folder = run / "model"
     content: dict[str, Any] = {
@@ -87,9 +87,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """The model, the byte model and xz on the same validation text."""
-    source = Source(data["source"], text_column=data["text_column"])
-    val_source = None if data["val_source"] is None else replace(source, source=data["val_source"])
+    """The model, the byte model and xz on the same validation text; of a blend, on that of its first source.
+
+    Raises:
+        ValueError: the data was streamed, so there is no training text to count.
+    """
+    if data.get("streaming"):
+        raise ValueError("a run with data.streaming keeps no text for the report's baselines; see `python -m eval perplexity`.")
+    entry = data["blend"][0] if data.get("blend") else data
+    settings = {key: entry[key] for key in ("revision", "text_column", "template") if entry.get(key) is not None}
+    source = Source(entry["source"], **settings)
+    val_source = None if data["val_source"] is None else replace(source, source=data["val_source"], revision=None)
     training, validation = split_source(source, val_source, data["val_fraction"])
     texts = first_documents(validation, COMPARED_BYTES)
     device = "cuda" if torch.cuda.is_available() else "cpu"

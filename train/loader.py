@@ -1,6 +1,7 @@
 """The batches of a rank, read in its own process or ahead of it in others."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def batches(
         generator=torch.Generator(),
         # A forked worker shares the memory maps; to another they would be sent, token for token.
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_leave_the_group,
+        worker_init_fn=_heed_no_signal,
     )
     for step in loader:
         yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in step]
@@ -67,6 +68,10 @@ def _as_it_is(step: list) -> list:
     return step
 
 
-def _leave_the_group(worker: int) -> None:
-    """Ctrl-C and signals to the whole group are for the process that trains: it still wants batches, and ends its workers."""
+def _heed_no_signal(worker: int) -> None:
+    """Ctrl-C and SIGTERM are for the process that trains: it still wants batches, and ends its workers. Some schedulers send
+    them to the group of processes, some to each.
+    """
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

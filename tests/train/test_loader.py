@@ -139,10 +139,15 @@ def test_an_error_in_a_worker_is_the_same_error_here():
         next(steps)
 
 
-def test_a_signal_to_the_group_does_not_reach_the_workers():
-    steps = batches(Telling(), [range(1)], 0, 1, 100, 1)
+def test_a_signal_to_the_group_or_to_each_process_does_not_reach_the_workers():
+    steps = batches(Telling(), [range(1)], 0, 1, 1000, 1)
     process, session, _ = next(steps)[0]["input_ids"][0].tolist()
     assert session == process != os.getsid(0)
+    os.kill(process, signal.SIGTERM)
+    os.kill(process, signal.SIGINT)
+    assert [int(step[0]["input_ids"][0, 2]) for step in steps] == list(range(1, 1000))
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
 
 
 @pytest.mark.parametrize("kind", ["blend", "streaming"])
