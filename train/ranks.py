@@ -170,6 +170,7 @@ class Watch:
         self.main = threading.get_ident()
         self.leaving = False  # the main thread knows of an end: the thread shows signs of life and says nothing
         self.over = threading.Event()
+        self.thread = threading.Thread(target=self.keep, daemon=True)
 
     def _process(self, rank: int) -> psutil.Process | None:
         """The process of a rank, if on this machine. Containers may share a host's name, so its start must fit too."""
@@ -294,12 +295,14 @@ class Watch:
     def end(self, message: str, raised: BaseException | None = None) -> NoReturn:
         """Says why and ends the process here: the main thread may be in a collective that never returns, and to take down torch
         takes seconds in which the launcher's SIGTERM comes. What was `raised` here is said too, should it be another fault."""
-        sys.stdout.flush()
         print(f"error: {message}" + (f"\n(raised here: {raised})" if raised else ""), file=sys.stderr, flush=True)
         self.last_words(f"followed: {message}")
         os._exit(1)
 
     def last_words(self, state: str) -> None:
+        self.over.set()
+        if self.thread.is_alive() and threading.current_thread() is not self.thread:
+            self.thread.join(timeout=2 * BEAT)  # it may hang in a write to a disk that is away
         try:
             self.show(state)
         except OSError as error:  # a full disk may be what ends the run: it must not hide why
@@ -319,8 +322,7 @@ def watch(accelerator: Accelerator, run_dir: Path, timeout: float) -> Iterator[W
     if accelerator.num_processes == 1:
         yield watching
         return
-    thread = threading.Thread(target=watching.keep, daemon=True)
-    thread.start()
+    watching.thread.start()
     state = "done"
     try:
         yield watching
@@ -329,10 +331,9 @@ def watch(accelerator: Accelerator, run_dir: Path, timeout: float) -> Iterator[W
         watching.leaving = True
         # What all ranks raise alike needs no search for one that broke it.
         if isinstance(error, RuntimeError) and not isinstance(error, RanksError) and (message := watching.search()):
+            sys.stdout.flush()
             watching.end(message, error)
         state = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        watching.over.set()
-        thread.join(timeout=2 * BEAT)  # it may hang in a write to a disk that is away
         watching.last_words(state)

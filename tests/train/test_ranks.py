@@ -437,7 +437,7 @@ def test_a_stopped_rank_ends_the_others_at_the_timeout(run_ranks, run_dir, count
         assert 3 < survivor.at - began < 10
         assert "error: rank 1 (" in survivor.err and "gives no sign of life, and train.timeout (3 s) is over." in survivor.err
         assert " last at step 20 (training), test_ranks.py:" in survivor.err
-    assert any("Rank 0 stops too, at step 20 (training)" in survivor.err for survivor in ended)
+        assert "stops too, at step 20 (training)" in survivor.err  # its own, or that of the one that spoke first
 
 
 @pytest.mark.faults
