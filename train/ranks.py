@@ -41,7 +41,7 @@ class RanksError(RuntimeError):
 
 def group_timeout(seconds: float) -> InitProcessGroupKwargs:
     """For `Accelerator(kwargs_handlers=[…])`: collectives wait longer than `watch`, which can say whom they waited for."""
-    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds + 30))
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds + 30.5))  # Accelerate drops its own default, 600
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:

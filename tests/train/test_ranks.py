@@ -68,7 +68,7 @@ def test_collectives_wait_longer_than_the_watch(run_ranks):
         print(torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
 
     for ended in run_ranks(2, work):
-        assert ended.out == "0:01:30\n", ended.err
+        assert ended.out == "0:01:30.500000\n", ended.err
 
 
 def test_ranks_exchange_json_of_any_length(run_ranks):
