@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export WANDB_SILENT ?= true
 
-.PHONY: setup demo bench test check gpu-check clean
+.PHONY: setup demo bench test faults check gpu-check clean
 
 setup: .venv/ready
 
@@ -22,6 +22,9 @@ bench: .venv/ready  ## speed and memory beside stock transformers, in about twel
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 tests
+
+faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; about eight minutes on two cores
+	$(BIN)/python -m pytest -n 2 -m faults tests
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -183,6 +183,11 @@ def rewind(run_dir: Path, start_from: Path | None) -> None:
     Later checkpoints, of a future that is about to be another, and broken ones go to checkpoints/set-aside-<i>/.
     """
     ours = start_from is not None and start_from.resolve().parent == (run_dir / "checkpoints").resolve()
+    # First, so that it never points at what has been set aside.
+    if start_from and ours:
+        files.link(Path("checkpoints") / start_from.resolve().name / "model", run_dir / "model")
+    elif (run_dir / "model").is_symlink():
+        files.remove(run_dir / "model")
     first = int(start_from.resolve().name.removeprefix("step-")) + 1 if start_from and ours else 0
     later = [folder for number, folder in _all(run_dir) if number >= first]
     if later:
@@ -194,10 +199,6 @@ def rewind(run_dir: Path, start_from: Path | None) -> None:
     for pattern in (".step-*.unfinished", ".step-*.deleted"):
         for folder in (run_dir / "checkpoints").glob(pattern):
             files.remove(folder)
-    if start_from and ours:
-        files.link(Path("checkpoints") / start_from.resolve().name / "model", run_dir / "model")
-    elif (run_dir / "model").is_symlink():
-        files.remove(run_dir / "model")
 
 
 def prune(run_dir: Path, keep: int, every: int | None = None) -> None:

@@ -55,7 +55,8 @@ def make_folder(path: Path) -> None:
 def rename(old: Path, new: Path) -> None:
     """Atomic and durable; a file of the new name is replaced."""
     perform(os.replace, old, new)
-    sync_folder(new.parent)
+    for folder in dict.fromkeys((new.parent, old.parent)):  # in this order it has two names for a moment, never none
+        sync_folder(folder)
 
 
 def link(target: Path, path: Path) -> None:

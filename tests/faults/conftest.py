@@ -1,0 +1,49 @@
+from statistics import median
+
+import pytest
+
+from tests.faults import harness
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """A folder for runs, with their text and its tokens, in a process that forks quickly."""
+    folder = tmp_path_factory.mktemp("faults")
+    harness.make_text(folder)
+    harness.warm_up(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(lab):
+    """The end of a run that nothing disturbed, and the file operations of its main rank, by number of ranks and how it saves."""
+    known = {}
+
+    def of(ranks=1, checkpoint_async=True):
+        name = f"reference-{ranks}-{checkpoint_async}"
+        if name not in known:
+            config = harness.write_config(lab, name, checkpoint_async=checkpoint_async)
+            listed = lab / f"{name}.operations"
+            statuses = harness.run(config, lambda rank: rank or harness.list_operations(listed), ranks)
+            assert statuses == [0] * ranks, harness.log_of(config)
+            known[name] = harness.end_of(config), listed.read_text().splitlines()
+        return known[name]
+
+    return of
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests gave to `record_property`: counts are summed, of seconds (float) the median is told, seeds (str) listed."""
+    values = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "teardown":  # each phase of a test has the properties of those before it
+            for name, value in report.user_properties:
+                values.setdefault(name, []).append(value)
+    if values:
+        terminalreporter.section("faults")
+    for name, found in sorted(values.items()):
+        if isinstance(found[0], float):
+            text = f"median {median(found):.2f}, max {max(found):.2f}, n {len(found)}"
+        else:
+            text = str(sum(found)) if isinstance(found[0], int) else " ".join(sorted(found))
+        terminalreporter.line(f"{name}: {text}")
