@@ -228,8 +228,6 @@ def end_of(config: Path) -> dict[str, object]:
     names = ("model/model.safetensors", "optimizer.safetensors", "state.json")
     return {name: (final / name).read_bytes() for name in names} | {
         "metrics": lines_of(run_dir),
-        # A run that is killed between its last save and the pruning behind it keeps one more.
-        "checkpoints": sorted(path.name for path in (run_dir / "checkpoints").iterdir())[-2:],
         "unfinished": [path.name for path in run_dir.rglob(".*") if path.name != ".lock"],
         "model": os.readlink(run_dir / "model"),
     }

@@ -111,7 +111,17 @@ def lose_power(run_dir, log, seed, every=1):
 
 
 def test_power_lost_at_some_operations_leaves_the_last_checkpoint(lab, monkeypatch):
-    assert lose_power(*record(lab, "unplugged-sometimes", monkeypatch), seed=0, every=25) > 30
+    assert lose_power(*record(lab, "unplugged-sometimes", monkeypatch), seed=0, every=40) > 30
+
+
+@pytest.mark.faults
+@pytest.mark.xfail(strict=True, reason="train.run.lock makes it without syncing the folder it is in")
+def test_the_run_directory_itself_is_there_after_a_loss_of_power(lab, monkeypatch):
+    log = []
+    monkeypatch.setattr(files, "perform", disk.recorder(log))
+    train(parse(load_yaml(str(harness.write_config(lab, "new")))))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert ("fsync", lab) in log
 
 
 @pytest.mark.faults

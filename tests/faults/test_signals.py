@@ -46,7 +46,7 @@ def finish(config, reference):
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("save", [2, 4, 6])
 def test_a_signal_in_a_save_leaves_a_valid_one_and_the_run_goes_on(lab, reference, save, again):
-    """Once: the run saves the step at hand and ends well. Twice: it may end at once, with what was whole before."""
+    """The step at hand is saved and the run ends well, however often it is told."""
     _, operations = reference()
     begin = operations.index(f"mkdir .step-{save}.unfinished") + 1
     end = operations.index(f"replace step-{save}") + 1
@@ -59,11 +59,8 @@ def test_a_signal_in_a_save_leaves_a_valid_one_and_the_run_goes_on(lab, referenc
                 harness.after_operation(number + 5, interrupt)
 
         (status,) = harness.run(config, disturb)
-        assert status == 0 or (again and status == -signal.SIGTERM), harness.log_of(config)
-        if status == 0:
-            assert newest_step(config) == step_of(config) >= save
-        else:
-            assert newest_step(config) >= save - 2
+        assert status == 0, harness.log_of(config)
+        assert newest_step(config) == step_of(config) >= save
         finish(config, reference)
 
 
@@ -140,12 +137,14 @@ def test_a_checkpoint_that_training_overtakes_is_of_its_own_step(lab):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("checkpoint_async", [True, False])
-def test_a_full_disk_ends_the_run_soon_with_a_clear_error_and_keeps_the_older_checkpoints(lab, reference, checkpoint_async):
+@pytest.mark.parametrize(("ranks", "checkpoint_async"), [(1, True), (1, False), (2, True)])
+def test_a_full_disk_ends_the_run_soon_with_a_clear_error_and_keeps_the_older_checkpoints(
+    lab, reference, ranks, checkpoint_async
+):
     _, operations = reference(checkpoint_async=checkpoint_async)
     begin, end = (operations.index(line) for line in ("mkdir .step-4.unfinished", "replace step-4"))
     for room in (begin, begin + 30, (begin + end) // 2, end - 8):
-        config = harness.write_config(lab, f"full-{checkpoint_async}-{room}", checkpoint_async=checkpoint_async)
+        config = harness.write_config(lab, f"full-{ranks}-{checkpoint_async}-{room}", checkpoint_async=checkpoint_async, steps=12)
         numbers = itertools.count()
 
         def full(perform, operation, *arguments, numbers=numbers, room=room):
@@ -153,8 +152,11 @@ def test_a_full_disk_ends_the_run_soon_with_a_clear_error_and_keeps_the_older_ch
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return perform(operation, *arguments)
 
-        assert harness.run(config, lambda rank, full=full: harness.around_operations(full)) == [1], harness.log_of(config)
+        first, *others = harness.run(config, lambda rank, full=full: rank or harness.around_operations(full), ranks)
+        assert first == 1, harness.log_of(config)
+        assert not {0, None} & set(others)
         assert "No space left on device" in harness.log_of(config)
-        assert step_of(config) <= 6
+        assert step_of(config) <= 6  # the next save at the latest has the news
         assert newest_step(config) == 2
-        finish(config, reference)
+        assert harness.run(config, ranks=ranks) == [0] * ranks
+        assert [line["step"] for line in harness.lines_of(harness.run_of(config)) if "loss" in line] == list(range(1, 13))
