@@ -1,6 +1,7 @@
 """Opening a model folder: what is checked before and after transformers reads it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or two of its tokens share an id.
     """
     path = Path(folder).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(path if path.exists() else folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else folder, trust_remote_code=False)
+        ids = Counter(tokenizer.get_vocab().values())
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a broken tokenizer.json fails in many ways, the panic of tokenizers' Rust among them
         raise ValueError(
             f"{folder} has no tokenizer that can be read (tokenizer.json): {type(error).__name__}: {error}"
         ) from None
+    if shared := sorted(i for i, count in ids.items() if count > 1):
+        raise ValueError(
+            f"the tokenizer of {folder} gives several tokens one id (such as {shared[0]}); no text could be read back."
+        )
+    return tokenizer

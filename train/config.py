@@ -156,9 +156,9 @@ class Log:
     """also log to Weights & Biases; offline where no key is configured"""
     wandb_project: str = "hybridlm"
     """project in Weights & Biases"""
-    sample_prompt: str = "import "
+    sample_prompt: Annotated[str, Field(max_length=10_000)] = "import "
     """text that the model continues after each validation"""
-    sample_tokens: Annotated[int, Field(ge=0)] = 200
+    sample_tokens: Annotated[int, Field(ge=0, le=10_000)] = 200
     """length of that sample, tokens; 0 for none"""
 
 
@@ -385,4 +385,5 @@ def _explain(error: Any) -> str:
         return _unknown(name, "key ")
     if error["type"] in ("missing", "missing_argument"):
         return f"{name} is missing; set it in the file or with --{name}."
-    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}; got {error['input']!r}."
+    came = repr(error["input"])
+    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}; got {came if len(came) <= 200 else came[:200] + '…'}."

@@ -91,13 +91,14 @@ def sample_text(
     stopping: Callable[[], bool] = lambda: False,
 ) -> str:
     """What the model makes of the prompt, until `stopping`. The run's own random numbers are left as they were."""
-    prompt = tokenizer(config.log.sample_prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+    ids = tokenizer(config.log.sample_prompt, add_special_tokens=False).input_ids
+    prompt = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # behind an end something new begins
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        ids: Tensor = model.generate(  # type: ignore[misc, assignment]
+        text: Tensor = model.generate(  # type: ignore[misc, assignment]
             prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50,
             stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopping(), dtype=torch.bool)],
         )  # fmt: skip
     model.train()
-    return str(tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(text[0, prompt.shape[1] :], skip_special_tokens=True))

@@ -277,6 +277,16 @@ def test_names_of_a_deeper_index_are_read_from_the_model_folder(sharded):
 
 def test_a_model_larger_than_any_memory_is_an_error(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**15}))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2**31 - 1, "intermediate_size": 2**31 - 1}))
     with pytest.raises(ValueError, match="cannot be opened"):
         HybridLMForCausalLM.from_pretrained(folder)
+
+
+def test_a_tokenizer_with_two_tokens_of_one_id_is_an_error(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    first, second, *_ = content["model"]["vocab"]
+    content["model"]["vocab"][second] = content["model"]["vocab"][first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"gives several tokens one id \(such as 0\)"):
+        load_tokenizer(tmp_path)

@@ -43,6 +43,7 @@ def test_all_broken_relations_come_in_one_message(tiny_config):
         {"hybrid_override_pattern": None},
         {"hybrid_override_pattern": "MG-"},
         {"conv_kernel": 0},
+        {"vocab_size": 10**12},
         {"chunk_size": True},
         {"time_step_floor": math.inf},
         {"initializer_range": -1},

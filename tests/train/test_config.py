@@ -46,6 +46,9 @@ def test_faults_of_the_model_shape_are_told_too():
         (TINY | {"model": {"config": "nothing.yaml"}}, "no file nothing.yaml"),
         (TINY | {"optim": {"lr": -1.0}}, "greater than 0"),
         (TINY | {"log": {"wandb": "no"}}, "valid boolean"),
+        (TINY | {"log": {"sample_tokens": 10**9}}, "log.sample_tokens: .* less than or equal to 10000"),
+        (TINY | {"log": {"sample_prompt": "x" * 10_000_000}}, r"log.sample_prompt: .* at most 10000 characters; got 'x{199}…\.$"),
+        (TINY | {"train": {"timeout": float("nan")}}, "train.timeout: "),
     ],
 )
 def test_a_bad_setting_is_named(values, message):

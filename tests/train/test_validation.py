@@ -141,3 +141,19 @@ def test_a_rank_that_was_stopped_stops_all(two_sources, monkeypatch):
 
     monkeypatch.setattr(accelerator, "reduce", reduce)
     assert validation_loss(accelerator, build_model(config), sources, config) is None
+
+
+def test_an_empty_prompt_begins_a_new_text(make_config):
+    config = make_config(train__steps=1, log__sample_prompt="")
+    train(config)
+    assert [json.loads(line)["prompt"] for line in (Path(config.run_dir) / "samples.jsonl").read_text().splitlines()] == ["", ""]
+
+
+def test_a_sample_ends_when_the_run_is_to_stop(make_config):
+    config = make_config(log__sample_tokens=50)
+    model = build_model(config)
+    tokenizer = build_tokenizer(config, model)
+    asked = []
+    text = sample_text(model, tokenizer, config, lambda: asked.append(1) or len(asked) == 3)
+    assert len(asked) == 3
+    assert len(sample_text(model, tokenizer, config)) > len(text)
