@@ -48,7 +48,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         ValueError: settings, data or a run directory that do not fit; ranks that were not started alike.
         FloatingPointError: a loss or gradient that is not finite; the weights are as before that step.
         OSError: a checkpoint or a line of metrics that could not be written; older checkpoints are as they were.
-        RanksError: another rank ended or hangs.
+        RanksError: the ranks cannot go on together. (Where one ended or hangs, the others say so and exit.)
     """
     accelerator = Accelerator(
         # Without it, CPU processes under torchrun would not find each other. Other accelerators lack the float64 of SSD's decay.
@@ -236,7 +236,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                     "step": step, "tokens": tokens, "loss": nats if finite else None, "lr": rate(step),
                     "grad_norm": grad_norm if finite else None, "tokens_per_second": speed,
                     "mfu": speed * step_flops / (peak * accelerator.num_processes) if peak else None,
-                    "memory_bytes": memory_bytes(accelerator.device), **inside,
+                    "memory_bytes": memory_bytes(accelerator.device), **(inside if finite else {}),
                 }  # fmt: skip
                 if main:
                     log(metrics, line)
