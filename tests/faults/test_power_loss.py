@@ -169,5 +169,5 @@ def test_power_loss_finds_out_who_does_not_sync_or_not_in_order(lab, monkeypatch
         patch.setattr(sys.modules[function.__module__], function.__name__, changed[function.__name__])
         recorded = record(lab, mutant.replace(" ", "-"), patch, keep=1 if "last one" in mutant else 2)
     with pytest.raises(AssertionError, match=r"after operation"):
-        lose_power(*recorded, seed=0)
+        lose_power(*recorded, seed=0, every=3)
     record_property("power-loss mutants caught", 1)
