@@ -285,7 +285,9 @@ class Watch:
 
     def standstill(self) -> str:
         signs = {rank: self.read(rank) for rank in range(self.ranks)}
-        lines = [f"  {self.name(k)}: step {s['step']} ({s['phase']}), {s['where']}\n" for k, s in signs.items() if s]
+        unseen = {"step": "unknown", "phase": "no sign of life so far", "where": "its file may not be shared"}
+        places = {rank: sign or unseen for rank, sign in signs.items()}
+        lines = [f"  {self.name(k)}: step {at['step']} ({at['phase']}), {at['where']}\n" for k, at in places.items()]
         return (
             f"step {self.step} has taken more than {self.timeout:g} s (train.timeout). Where the ranks are:\n{''.join(lines)}"
             "Look at the one that is behind the others or not waiting for them; raise train.timeout if steps may be so slow.\n"
