@@ -102,8 +102,8 @@ def write(run_dir: Path, shot: Snapshot) -> Path:
         content["state.json"] = [(json.dumps(state, indent=2, allow_nan=False) + "\n").encode()]
         digests = {name: files.write(unfinished / name, blocks) for name, blocks in sorted(content.items())}
         files.write_text(unfinished / MANIFEST, _manifest(digests))
-        files.sync_folder(unfinished / "model")
-        files.sync_folder(unfinished)
+        files.sync(unfinished / "model")
+        files.sync(unfinished)
         files.rename(unfinished, final)
         files.link(Path("checkpoints") / final.name / "model", run_dir / "model")
     except OSError as error:

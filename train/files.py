@@ -18,7 +18,7 @@ def perform(operation: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def write(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
-    """A new file, durable but for its name (`sync_folder`). Returns its sha256, of what was meant to be written."""
+    """A new file, durable but for its name (`sync`). Returns its sha256, of what was meant to be written."""
     digest = sha256()
     descriptor = perform(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -49,14 +49,14 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         perform(os.mkdir, folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 def rename(old: Path, new: Path) -> None:
     """Atomic and durable; a file of the new name is replaced."""
     perform(os.replace, old, new)
     for folder in dict.fromkeys((new.parent, old.parent)):  # in this order it has two names for a moment, never none
-        sync_folder(folder)
+        sync(folder)
 
 
 def link(target: Path, path: Path) -> None:
@@ -78,7 +78,7 @@ def remove(path: Path) -> None:
         perform(os.unlink, path)
 
 
-def sync_folder(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         perform(os.fsync, descriptor)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.strict_yaml import parse_yaml
-from train import checkpoint
+from train import checkpoint, files
 from train.card import model_card
 from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
@@ -136,13 +136,15 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 card = model_card(config, bare, ", ".join(stream.names), step, tokens, last_line(metrics, "val_loss"))
                 position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
                 state = {"step": step, "tokens": tokens, "spikes": spikes.state(), **position}
-                files = sidecars | {"README.md": card.encode()}
-                shot = checkpoint.snapshot(bare, optimizer, state, files, copy=config.train.checkpoint_async)
+                extra = sidecars | {"README.md": card.encode()}
+                shot = checkpoint.snapshot(bare, optimizer, state, extra, copy=config.train.checkpoint_async)
                 saving = saver.submit(store, shot)
             if not config.train.checkpoint_async:
                 finish_saving()
 
         def store(shot: checkpoint.Snapshot) -> None:
+            if metrics.exists():
+                files.sync(metrics)  # else a power loss could take lines of steps that the checkpoint has behind it
             checkpoint.write(run_dir, shot)
             checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)
 

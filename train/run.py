@@ -36,6 +36,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         raise ValueError(f"run_dir {run_dir}: {there} exists and is no run directory; choose another with --run_dir.")
     made = [folder for folder in (run_dir, *run_dir.absolute().parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        files.sync(folder.parent)
     held = filelock.FileLock(run_dir / LOCK, timeout=1)  # `train status` holds it for a moment
     try:
         held.acquire()

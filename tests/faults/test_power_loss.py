@@ -115,7 +115,6 @@ def test_power_lost_at_some_operations_leaves_the_last_checkpoint(lab, monkeypat
 
 
 @pytest.mark.faults
-@pytest.mark.xfail(strict=True, reason="train.run.lock makes it without syncing the folder it is in")
 def test_the_run_directory_itself_is_there_after_a_loss_of_power(lab, monkeypatch):
     log = []
     monkeypatch.setattr(files, "perform", disk.recorder(log))
@@ -135,11 +134,11 @@ def test_power_lost_at_any_operation_leaves_the_last_checkpoint(lab, monkeypatch
 MANIFEST = "files.write_text(unfinished / MANIFEST, _manifest(digests))"
 UNTIL_SAFE = {
     "files are not synced": (files.write, {"perform(os.fsync, descriptor)": "pass"}),
-    "folders are not synced": (files.sync_folder, {"perform(os.fsync, descriptor)": "pass"}),
-    "renames are not synced": (files.rename, {"sync_folder(": "str("}),
+    "folders are not synced": (files.sync, {"perform(os.fsync, descriptor)": "pass"}),
+    "renames are not synced": (files.rename, {"sync(": "str("}),
     "renames are synced on one side": (files.rename, {"(new.parent, old.parent)": "(new.parent,)"}),
-    "the folder of the model is not synced": (checkpoint.write, {'files.sync_folder(unfinished / "model")': "pass"}),
-    "the folder of the checkpoint is not synced": (checkpoint.write, {"files.sync_folder(unfinished)": "pass"}),
+    "the folder of the model is not synced": (checkpoint.write, {'files.sync(unfinished / "model")': "pass"}),
+    "the folder of the checkpoint is not synced": (checkpoint.write, {"files.sync(unfinished)": "pass"}),
     "renamed before the manifest is written": (
         checkpoint.write,
         {MANIFEST: "files.rename(unfinished, final); unfinished = final; " + MANIFEST},
