@@ -8,7 +8,7 @@ from pathlib import Path
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.preparation import prepare_folder
 from hybridlm.data.shards import Shards
-from hybridlm.data.sources import Source
+from hybridlm.data.sources import Source, split_source
 from hybridlm.output import scaled, table
 from hybridlm.tokenizer import byte_tokenizer
 
@@ -38,14 +38,9 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     try:
         both = prepare_folder(
-            source,
-            tokenizer,
-            arguments.out,
-            val_source=val_source,
-            val_fraction=arguments.val_fraction,
-            bad_documents=arguments.bad_documents,
-            workers=arguments.workers,
-        )
+            split_source(source, val_source, arguments.val_fraction), tokenizer, arguments.out,
+            arguments.bad_documents, arguments.workers,
+        )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
         return 1

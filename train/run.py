@@ -106,6 +106,7 @@ def claim(config: RunConfig, start_from: Path | None, step: int) -> None:
     elif not file.exists():
         files.replace_text(file, dump(config))
     checkpoint.rewind(run_dir, start_from)
+    checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)  # a kill may have come before
     for name in ("metrics.jsonl", "samples.jsonl", "incidents.jsonl"):
         drop_after(run_dir / name, step if start_from else -1)
 

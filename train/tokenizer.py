@@ -4,14 +4,14 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from hybridlm.data.preparation import batches, pieces
+from hybridlm.data.parts import batches, pieces
 from hybridlm.data.shards import tokenize
 from hybridlm.data.sources import Documents, split_source
-from hybridlm.tokenizer import END, PAD
+from hybridlm.tokenizer import END, PAD, with_specials
 from train.prepare import add_source, source_of
 
 SPECIALS = (END, PAD)
@@ -56,7 +56,6 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> PreTrainedTokenize
         pre_tokenizers.Split(Regex(STRETCH), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
-    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -68,14 +67,7 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> PreTrainedTokenize
             yield from pieces(text)
 
     backend.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END,
-        eos_token=END,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
+    return with_specials(backend)
 
 
 def bytes_per_token(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> float:

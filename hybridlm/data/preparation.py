@@ -9,28 +9,24 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hybridlm.data.parts import EXAMPLES, save_table, to_json, write_atomically, write_part
 from hybridlm.data.pool import run_parts
-from hybridlm.data.rows import BadDocument
-from hybridlm.data.shards import FORMAT, Shards, hash_files, token_bytes, tokenize
+from hybridlm.data.shards import FORMAT, Shards, hash_files
 from hybridlm.data.sources import Documents, Source, split_source
 
 PARTS = 64  # of a source of ordinary size: many for a few processes, few to open
 SMALLEST_PART, LARGEST_PART = 2**20, 2**30  # bytes of text
-BATCH, PIECE = 2**22, 2**20  # characters tokenised in one call, and of one text in it
-EXAMPLES = 5  # of skipped documents, kept in meta.json
 
 
 def prepare(
@@ -80,17 +76,17 @@ def identity(documents: Documents, digest: str) -> str:
 
 
 def prepare_folder(
-    source: Source,
+    documents: tuple[Documents, Documents],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    *,
-    val_source: Source | None = None,
-    val_fraction: float = 0.1,
     bad_documents: str = "stop",
     workers: int | None = None,
     quiet: bool = False,
 ) -> tuple[Shards, Shards]:
     """The same in a folder that is itself a source: `train/`, `validation/` and the `tokenizer/`.
+
+    Args:
+        documents: to train on and to validate with, as `split_source` gives them.
 
     Raises:
         ValueError: as `prepare`; the folder holds other things, or data prepared otherwise.
@@ -98,9 +94,8 @@ def prepare_folder(
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.removeprefix(".").split("-")[0].removesuffix(".lock") not in ("train", "validation", "tokenizer"):
             raise ValueError(f"{folder} holds {path.name}, which is no prepared data; give a new or empty folder.")
-    if Path(source.source).expanduser().resolve() in folder.resolve().parents:
-        raise ValueError(f"{folder} lies inside the source {source.source}, which it would change; give a folder elsewhere.")
-    documents = split_source(source, val_source, val_fraction)
+    if inside := next((d for d in documents if Path(d.name).expanduser().resolve() in folder.resolve().parents), None):
+        raise ValueError(f"{folder} lies inside the source {inside.name}, which it would change; give a folder elsewhere.")
     if prepared := next((d for d in documents if d.prepared), None):
         raise ValueError(f"{prepared.name} is prepared already; train on it with --data.source {prepared.name}.")
     digest = tokenizer_digest(tokenizer)
@@ -266,109 +261,6 @@ def partition(documents: Documents) -> list[range]:
     return [range(start, min(start + each, len(documents))) for start in range(0, len(documents), each)]
 
 
-def write_part(
-    documents: Documents,
-    parts: list[range],
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: np.dtype,
-    folder: Path,
-    skip: bool,
-    number: int,
-    advance: Callable[[int], Any],
-) -> None:
-    """Tokens, then table, then description of one part; with the last it counts as there.
-
-    Args:
-        advance: called with how many documents are done since the last call.
-    """
-    path, side = folder / f"tokens-{number:05d}.bin", folder / "parts" / f"{number:05d}"
-    digest, total, largest = sha256(), 0, 0
-    rows: list[tuple[int, int]] = []
-    skipped, examples = Counter[str](), []
-    first_bytes: dict[int, int] = {}
-    end = np.array([tokenizer.eos_token_id], dtype=dtype)
-
-    def good() -> Iterator[tuple[str, int]]:
-        """Pieces of documents, the last of each with the bytes of the whole, the others with 0."""
-        for i in parts[number]:
-            try:
-                text = documents[i]
-            except BadDocument as error:
-                if not skip:
-                    raise BadDocument(error.reason, f"{error} Mend it, or leave such out with data.bad_documents=skip.") from None
-                skipped[error.reason] += 1
-                examples.append(str(error))
-                continue
-            if not text:
-                skipped["empty"] += 1
-                continue
-            *most, last = pieces(text)
-            yield from ((piece, 0) for piece in most)
-            yield last, len(text.encode())
-
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
-        document = []  # the tokens of its pieces so far
-        for batch in batches(good()):
-            for (_, size), ids in zip(batch, tokenize([piece for piece, _ in batch], tokenizer)):
-                document.append(np.fromiter(ids, dtype=dtype, count=len(ids)))
-                if not size:
-                    continue
-                tokens, document = np.concatenate([*document, end]), []
-                if len(tokens) == 1:
-                    skipped["empty"] += 1
-                    continue
-                first = int(tokens[0])
-                if first not in first_bytes:
-                    first_bytes[first] = token_bytes(first, tokenizer)
-                total += len(tokens)
-                largest = max(largest, int(tokens.max()))
-                rows.append((total, size - first_bytes[first]))
-                digest.update(tokens.data)
-                file.write(tokens.data)
-            advance(sum(size > 0 for _, size in batch))
-        file.flush()
-        os.fsync(file.fileno())
-    if total:
-        unfinished.replace(path)
-    else:
-        unfinished.unlink()
-    save_table(side.with_suffix(".npy"), np.array(rows, dtype=np.int64).reshape(-1, 2))
-    description = {
-        "file": path.name, "tokens": total, "sha256": digest.hexdigest(), "largest_id": largest, "skipped": skipped,
-        "examples": examples[:EXAMPLES],
-    }  # fmt: skip
-    write_atomically(side.with_suffix(".json"), to_json(description))
-
-
-def batches(stretches: Iterator[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-    """Runs of about BATCH characters together."""
-    batch, length = [], 0
-    for piece, size in stretches:
-        batch.append((piece, size))
-        length += len(piece)
-        if length >= BATCH:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def pieces(text: str) -> Iterator[str]:
-    """The text in stretches of at most PIECE characters.
-
-    A tokenizer needs some hundred bytes for each character of a call. A cut lies behind a line end where there is one in the
-    second half of the stretch: tokens rarely reach over it, so that they are those of the whole text.
-    """
-    start = 0
-    while start < len(text):
-        stop = start + PIECE
-        if stop < len(text):
-            stop = (text.rfind("\n", start + PIECE // 2, stop) + 1) or stop
-        yield text[start:stop]
-        start = stop
-
-
 @contextmanager
 def threads_of_tokenizers(many: bool) -> Iterator[None]:
     """Whether tokenizers uses threads of its own. A process that has used them cannot be forked without a warning."""
@@ -381,21 +273,3 @@ def threads_of_tokenizers(many: bool) -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def to_json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def save_table(path: Path, table: np.ndarray) -> None:
-    np.save(content := BytesIO(), table, allow_pickle=False)
-    write_atomically(path, content.getbuffer())
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

@@ -74,7 +74,7 @@ def test_ctrl_c_ends_with_1_and_what_is_finished_stays(tmp_path, lines, run_main
 
 def test_a_process_that_dies_ends_with_1(tmp_path, lines, run_main, monkeypatch):
     monkeypatch.setattr("hybridlm.data.preparation.SMALLEST_PART", 100)
-    monkeypatch.setattr("hybridlm.data.preparation.tokenize", lambda *_: os._exit(9))
+    monkeypatch.setattr("hybridlm.data.parts.tokenize", lambda *_: os._exit(9))
     status, _, err = run_main(main, "prepare", "--source", lines, "--template", "{q}", "--out", tmp_path / "out", "--workers", 2)
     assert status == 1
     assert "died with exit code 9" in err

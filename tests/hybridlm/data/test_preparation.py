@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data import preparation
-from hybridlm.data.preparation import batches, documents_to_shards, partition, pieces, prepare, prepare_folder, tokenizer_digest
+from hybridlm.data.preparation import documents_to_shards, partition, prepare, prepare_folder, tokenizer_digest
 from hybridlm.data.rows import BadDocument
 from hybridlm.data.shards import Shards
-from hybridlm.data.sources import Documents, Source, open_source
+from hybridlm.data.sources import Documents, Source, open_source, split_source
 from hybridlm.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -255,35 +255,6 @@ def test_empty_data_and_a_tokenizer_without_an_end_are_errors(tmp_path):
         documents_to_shards(documents("a"), plain, tmp_path / "s", quiet=True)
 
 
-def test_a_giant_document_is_tokenised_in_pieces_as_if_it_were_whole(tmp_path, monkeypatch):
-    text = "".join(f"line {i} é\n" for i in range(60))
-    whole = write([text, "b"], tmp_path / "whole")
-    monkeypatch.setattr(preparation, "PIECE", 16)
-    monkeypatch.setattr(preparation, "BATCH", 40)
-    calls = []
-    real = preparation.tokenize
-    monkeypatch.setattr(preparation, "tokenize", lambda texts, t: calls.append(sum(map(len, texts))) or real(texts, t))
-    in_pieces = write([text, "b"], tmp_path / "pieces")
-    assert contents(whole.folder) == contents(in_pieces.folder)
-    assert max(calls) < 40 + 16
-
-
-@pytest.mark.parametrize("text", ["", "a", "ab\n" * 20, "x" * 50, "\n" * 40, "long line without an end " * 4 + "\n"])
-def test_pieces_are_the_text_and_end_behind_a_line_where_one_is_near(monkeypatch, text):
-    monkeypatch.setattr(preparation, "PIECE", 16)
-    cut = list(pieces(text))
-    assert "".join(cut) == text
-    assert all(1 <= len(piece) <= 16 for piece in cut)
-    for piece in cut[:-1]:
-        assert piece.endswith("\n") or ("\n" not in piece[8:] and len(piece) == 16)
-
-
-def test_batches_are_bounded_and_lose_nothing(monkeypatch):
-    monkeypatch.setattr(preparation, "BATCH", 5)
-    stretches = [("abc", 0), ("de", 5), ("f", 1), ("ghijklmno", 9), ("p", 1)]
-    assert list(batches(iter(stretches))) == [stretches[:2], stretches[2:4], stretches[4:]]
-
-
 @pytest.mark.parametrize(("count", "size"), [(1, 0), (7, 5), (1000, 2**20), (1000, 2**30), (3, 2**40), (100, 2**24 + 1)])
 def test_parts_cover_the_documents_once_and_are_of_reasonable_size(count, size):
     parts = partition(Documents("t", "x", count, lambda i: "", size=size))
@@ -306,7 +277,7 @@ def test_a_prepared_folder_is_a_source_with_its_own_splits(tmp_path):
     for i in range(10):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} é")
     folder = tmp_path / "out"
-    made = prepare_folder(Source(str(tmp_path / "texts"), license="mit"), TOKENIZER, folder, quiet=True)
+    made = prepare_folder(split_source(Source(str(tmp_path / "texts"), license="mit"), None, 0.1), TOKENIZER, folder, quiet=True)
     source = Source(str(folder))
     for shards, again in zip(made, prepare(source, load_tokenizer(folder / "tokenizer"), tmp_path / "cache", quiet=True)):
         assert shards.folder == again.folder
@@ -322,12 +293,12 @@ def test_a_prepared_folder_is_a_source_with_its_own_splits(tmp_path):
     with pytest.raises(ValueError, match=r"prepared with another tokenizer; its own is .*out/tokenizer"):
         prepare(source, other, tmp_path / "cache", quiet=True)
     with pytest.raises(ValueError, match="is prepared already"):
-        prepare_folder(source, TOKENIZER, tmp_path / "again", quiet=True)
+        prepare_folder(split_source(source, None, 0.1), TOKENIZER, tmp_path / "again", quiet=True)
 
 
 def test_a_folder_that_was_not_prepared_to_the_end_is_no_source(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 10)
-    prepare_folder(Source(str(tmp_path / "a.txt")), TOKENIZER, tmp_path / "out", quiet=True)
+    prepare_folder(split_source(Source(str(tmp_path / "a.txt")), None, 0.1), TOKENIZER, tmp_path / "out", quiet=True)
     (tmp_path / "out" / "validation" / "meta.json").unlink()
     with pytest.raises(ValueError, match="not prepared to the end"):
         prepare(Source(str(tmp_path / "out")), TOKENIZER, tmp_path / "cache", quiet=True)
@@ -336,7 +307,7 @@ def test_a_folder_that_was_not_prepared_to_the_end_is_no_source(tmp_path):
 def test_a_folder_inside_its_source_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 10)
     with pytest.raises(ValueError, match="lies inside the source"):
-        prepare_folder(Source(str(tmp_path)), TOKENIZER, tmp_path / "out", quiet=True)
+        prepare_folder(split_source(Source(str(tmp_path)), None, 0.1), TOKENIZER, tmp_path / "out", quiet=True)
 
 
 def test_a_folder_with_other_things_or_other_data_is_refused(tmp_path):
@@ -345,11 +316,11 @@ def test_a_folder_with_other_things_or_other_data_is_refused(tmp_path):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds thesis\.tex, which is no prepared data"):
-        prepare_folder(source, TOKENIZER, out, quiet=True)
+        prepare_folder(split_source(source, None, 0.1), TOKENIZER, out, quiet=True)
     (out / "thesis.tex").unlink()
-    prepare_folder(source, TOKENIZER, out, quiet=True)
+    prepare_folder(split_source(source, None, 0.1), TOKENIZER, out, quiet=True)
     (tmp_path / "a.txt").write_text("abcd" * 10)
     before = contents(out)
     with pytest.raises(ValueError, match=r"train was prepared otherwise: fingerprint \(the source has changed since"):
-        prepare_folder(source, TOKENIZER, out, quiet=True)
+        prepare_folder(split_source(source, None, 0.1), TOKENIZER, out, quiet=True)
     assert contents(out) == before
