@@ -141,15 +141,14 @@ def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     if "rng_cuda" in tensors and torch.cuda.is_available():
         rng["rng_cuda"] = torch.cuda.get_rng_state()
     kept_rng = {name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}
-    want: dict[str, Tensor] = {f"{name}.{slot}": p for name, p in model.named_parameters() for slot in ("exp_avg", "exp_avg_sq")}
-    want |= {f"{name}.step": torch.zeros(()) for name, _ in model.named_parameters()}
+    want = _optimizer_tensors(model, optimizer)
     faults = [*_mismatch("weights", model.state_dict(), weights), *_mismatch("optimiser", want, tensors)]
     faults += _mismatch("random state", rng, {name: kept_rng[name] for name in kept_rng if name in rng})
     if faults:
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
     model.load_state_dict(weights)
     for name, p in model.named_parameters():
-        optimizer.state[p] = {slot: tensors[f"{name}.{slot}"].to(p.device) for slot in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {slot: tensors[f"{name}.{slot}"].to(p.device) for slot in _zeros(p)}
     torch.set_rng_state(kept_rng["rng"])
     if "rng_cuda" in rng:
         torch.cuda.set_rng_state(kept_rng["rng_cuda"])
@@ -254,7 +253,13 @@ def _all(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{name}.{slot}": value for name, p in model.named_parameters() for slot, value in optimizer.state[p].items()}
+    """AdamW's state, `parameter.slot`; before the first update, while it has none, the zeros that it begins with."""
+    states = {name: optimizer.state[p] or _zeros(p) for name, p in model.named_parameters()}
+    return {f"{name}.{slot}": value for name, state in states.items() for slot, value in state.items()}
+
+
+def _zeros(p: Tensor) -> dict[str, Tensor]:
+    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def _mismatch(what: str, want: dict[str, Tensor], got: dict[str, Tensor]) -> list[str]:

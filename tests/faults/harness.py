@@ -12,6 +12,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def start(config: Path, disturb: Callable[[int], object] = lambda rank: None, ra
 
 def _be_child(config: Path, disturb: Callable[[], object], environment: dict[str, int]) -> None:
     status = 1
+    # tqdm's own is shared by forked processes: one that is killed while it holds it would stop all that come after.
+    tqdm.set_lock(threading.RLock())
     try:
         log = config.with_suffix(".log").open("a", buffering=1)
         sys.stdout = sys.stderr = log

@@ -3,6 +3,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 from train.config import RunConfig, parse
 
@@ -108,6 +110,8 @@ def _fork(rank: int, ranks: int, port: int, work: Callable[[int], None], prefix)
     if pid := os.fork():
         return pid
     status = 1
+    # tqdm's own is shared by forked processes: one that is killed while it holds it would stop all that come after.
+    tqdm.set_lock(threading.RLock())
     try:
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{prefix}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

@@ -80,6 +80,22 @@ def test_a_bad_batch_that_is_skipped_changes_nothing(make_config, spoil, micro_b
     assert [incident["step"] for incident in rows(config, "incidents")] == [5]
 
 
+def test_a_checkpoint_from_before_the_first_update_is_one_to_go_on_from(make_config, tmp_path):
+    settings = {"train__on_nonfinite": "skip", "train__checkpoint_every": 1, "train__checkpoint_async": False}
+    whole, cut = make_config(**settings), make_config(**settings, run_dir=str(tmp_path / "cut"))
+    train(whole, loss=spoiled([1], SPOILS["nan"]))
+
+    def crash(nats):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, loss=spoiled([1, 2], lambda nats: crash(nats) if (Path(cut.run_dir) / "model").exists() else nats * math.nan))
+    train(cut)
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(Path(config.run_dir) / "checkpoints/step-8" / file) for config in (whole, cut))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_fault_that_does_not_come_again_is_told_from_one_that_does(make_config):
     config = make_config(train__on_nonfinite="skip")
     calls = []
