@@ -1,5 +1,3 @@
-from statistics import median
-
 import pytest
 
 from tests.faults import harness
@@ -30,20 +28,3 @@ def reference(lab):
         return known[name]
 
     return of
-
-
-def pytest_terminal_summary(terminalreporter):
-    """What tests gave to `record_property`: counts are summed, of seconds (float) the median is told, seeds (str) listed."""
-    values = {}
-    for report in (report for reports in terminalreporter.stats.values() for report in reports):
-        if getattr(report, "when", None) == "teardown":  # each phase of a test has the properties of those before it
-            for name, value in report.user_properties:
-                values.setdefault(name, []).append(value)
-    if values:
-        terminalreporter.section("faults")
-    for name, found in sorted(values.items()):
-        if isinstance(found[0], float):
-            text = f"median {median(found):.2f}, max {max(found):.2f}, n {len(found)}"
-        else:
-            text = str(sum(found)) if isinstance(found[0], int) else " ".join(sorted(found))
-        terminalreporter.line(f"{name}: {text}")
