@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from contextlib import suppress
+from typing import Any, TextIO
 
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +20,7 @@ COMMANDS = {"prepare": prepare.main, "status": status.main, "tokenizer": tokeniz
 def main(argv: list[str]) -> int:
     """0: done, or stopped by a signal after saving; 2: bad input; 1: failure."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    first = os.environ.get("RANK", "0") == "0"  # the others fail for the same reason; once is enough
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of its machine fail for the same reason; once is enough
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -42,6 +44,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+class Lasting:
+    """Standard output that may be closed, as by the Ctrl-C that ends `tee` too: that must not cost the checkpoint."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
     keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

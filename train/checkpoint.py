@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # What a resume needs besides tensors; `identity` says what the position in the data means, `cursor` is of streamed data.
 STATE = {
-    "step": int, "samples": int, "tokens": int, "identity": dict, "cursor": dict, "spikes": dict, "weights_sha256": str,
+    "step": int, "samples": int, "tokens": int, "identity": dict, "cursor": dict, "spikes": dict, "validation": list,
+    "weights_sha256": str,
 }  # fmt: skip
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -83,8 +84,6 @@ def write(run_dir: Path, shot: Snapshot) -> Path:
     """
     step = shot.state["step"]
     final = run_dir / "checkpoints" / f"step-{step}"
-    if final.exists():
-        return final  # the one that this run went on from: `rewind` has left no other
     unfinished = run_dir / "checkpoints" / f".step-{step}.unfinished"
     if unfinished.exists():
         files.remove(unfinished)
@@ -107,7 +106,7 @@ def write(run_dir: Path, shot: Snapshot) -> Path:
         files.rename(unfinished, final)
         files.link(Path("checkpoints") / final.name / "model", run_dir / "model")
     except OSError as error:
-        kept = [f"step-{number}" for number, _ in sorted(_all(run_dir)) if number != step]
+        kept = [f"step-{number}" for number, _ in folders(run_dir) if number != step]
         try:
             if unfinished.exists():
                 files.remove(unfinished)
@@ -148,7 +147,7 @@ def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer)
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
     model.load_state_dict(weights)
     for name, p in model.named_parameters():
-        optimizer.state[p] = {slot: tensors[f"{name}.{slot}"].to(p.device) for slot in _zeros(p)}
+        optimizer.state[p] = {slot: tensors[f"{name}.{slot}"].to(p.device, copy=True) for slot in _zeros(p)}
     torch.set_rng_state(kept_rng["rng"])
     if "rng_cuda" in rng:
         torch.cuda.set_rng_state(kept_rng["rng_cuda"])
@@ -159,6 +158,12 @@ def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     return state
 
 
+def folders(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run, whole or not, the oldest first."""
+    found = [(p.name.removeprefix("step-"), p) for p in (run_dir / "checkpoints").glob("step-*")]
+    return sorted((int(number), p) for number, p in found if number.isascii() and number.isdecimal())
+
+
 def newest(run_dir: Path) -> Path | None:
     """The newest valid checkpoint, None where there is none at all; says loudly which newer ones it passed over.
 
@@ -166,13 +171,15 @@ def newest(run_dir: Path) -> Path | None:
         ValueError: there are checkpoints, and not one is valid. To begin again then would be to lose a run without a word.
     """
     broken = []
-    for _, folder in sorted(_all(run_dir), reverse=True):
+    for _, folder in reversed(folders(run_dir)):
         if not (faults := validate(folder)):
             return folder
         broken.append(f"{folder}: {'; '.join(faults)}")
         logger.warning("PASSING OVER %s", broken[-1])
     if broken:
         raise ValueError("\n  ".join(["no checkpoint of this run is whole; restore one, or choose another --run_dir:", *broken]))
+    if aside := sorted(map(str, (run_dir / "checkpoints").glob("set-aside-*/step-*"))):
+        raise ValueError("\n  ".join(["all checkpoints of this run were set aside; go on from one with --resume PATH:", *aside]))
     return None
 
 
@@ -181,14 +188,14 @@ def rewind(run_dir: Path, start_from: Path | None) -> None:
 
     Later checkpoints, of a future that is about to be another, and broken ones go to checkpoints/set-aside-<i>/.
     """
-    ours = start_from is not None and start_from.resolve().parent == (run_dir / "checkpoints").resolve()
+    ours = start_from is not None and start_from.resolve() in [folder.resolve() for _, folder in folders(run_dir)]
     # First, so that it never points at what has been set aside.
     if start_from and ours:
         files.link(Path("checkpoints") / start_from.resolve().name / "model", run_dir / "model")
     elif (run_dir / "model").is_symlink():
         files.remove(run_dir / "model")
     first = int(start_from.resolve().name.removeprefix("step-")) + 1 if start_from and ours else 0
-    later = [folder for number, folder in _all(run_dir) if number >= first]
+    later = [folder for number, folder in folders(run_dir) if number >= first]
     if later:
         aside = next(p for i in count(1) if not (p := run_dir / "checkpoints" / f"set-aside-{i}").exists())
         files.make_folder(aside)
@@ -202,7 +209,7 @@ def rewind(run_dir: Path, start_from: Path | None) -> None:
 
 def prune(run_dir: Path, keep: int, every: int | None = None) -> None:
     """Deletes all but the `keep` newest checkpoints and those of every `every`-th step, the oldest first."""
-    older = sorted(_all(run_dir))[:-keep]
+    older = folders(run_dir)[:-keep]
     for step, folder in older:
         if every is None or step % every:
             deleted = folder.with_name(f".{folder.name}.deleted")
@@ -245,11 +252,6 @@ def _state_faults(folder: Path) -> list[str]:
     if not faults and name.startswith("step-") and name != f"step-{state['step']}":
         faults = [f"state.json is of step {state['step']}: the folder has another's name"]
     return faults
-
-
-def _all(run_dir: Path) -> list[tuple[int, Path]]:
-    found = (run_dir / "checkpoints").glob("step-*")
-    return [(int(p.name.removeprefix("step-")), p) for p in found if p.name.removeprefix("step-").isdigit()]
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ class Optim:
     """decay of the gradient's running mean"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """decay of the squared gradient's running mean"""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """added to the root of the running mean square"""
     weight_decay: Rate = 0.1
     """decoupled weight decay; none on norms, biases, A_log, D and dt_bias"""
@@ -140,7 +140,7 @@ class Train:
     """skip steps whose loss is this many standard deviations above the mean of the last spike_window; default: none"""
     spike_window: Annotated[int, Field(ge=8)] = 128
     """steps that a loss is compared with"""
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    timeout: Annotated[float, Field(gt=0, le=1e7)] = 600.0
     """seconds after which a rank that gives no sign of life ends the run"""
     val_every: Positive = 250
     """steps between validations; there is one before the first step and one after the last"""
@@ -166,7 +166,7 @@ class Log:
 class RunConfig:
     run_dir: str
     """folder of this run: configuration, metrics, checkpoints, model"""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """of the initial weights and the order of the data"""
     model: Model = field(default_factory=Model)
     ops: Ops = field(default_factory=Ops)
@@ -230,7 +230,9 @@ def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:
         faults.append("data: set data.source (one source) or data.blend (several), not both.")
     if not data.blend and data.source is None:
         faults.append("data: set data.source (one source) or data.blend (several).")
-    if data.blend and (of_one := [k for k in SOURCE_SETTINGS if getattr(data, k) != getattr(Data, k)]):
+    of_validation = ("text_column", "template") if data.val_source else ()
+    of_one = [k for k in SOURCE_SETTINGS if k not in of_validation and getattr(data, k) != getattr(Data, k)]
+    if data.blend and of_one:
         faults.append(f"data.{', data.'.join(of_one)}: with data.blend this is said of each of its sources, in the list.")
     if data.phases and not data.blend:
         faults.append("data.phases: they change the weights of a data.blend, and there is none.")

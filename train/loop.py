@@ -26,9 +26,9 @@ from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
-from train.ranks import agree, check_equal, first_on_main, gather, group_timeout, watch
+from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, watch
 from train.run import append, check, claim, last_line, lock
-from train.setup import build_model, build_tokenizer, describe, open_data, start_wandb
+from train.setup import build_model, build_tokenizer, check_shape, describe, open_data, start_wandb
 from train.signals import stop_signals
 from train.telemetry import gradient_norms, mamba_statistics
 from train.validation import sample_text, validation_loss
@@ -59,27 +59,32 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     )
     main = accelerator.is_main_process
     run_dir, metrics = Path(config.run_dir), Path(config.run_dir) / "metrics.jsonl"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    agree(accelerator, {"settings": parse_yaml(dump(config)), "resume": resume, **versions})
     rows = micro_batches(
         config.train.global_batch, config.train.micro_batch, accelerator.process_index, accelerator.num_processes
     )
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    agree(accelerator, {"settings": parse_yaml(dump(config)), "resume": resume, **versions})
 
     # Signals are let go last: a launcher sends SIGTERM while `watch` finds out which rank ended.
     with ExitStack() as signals, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
         # 1. Where to go on from; model, tokenizer and data.
-        first_on_main(accelerator, lambda: main and held.enter_context(lock(run_dir)))
+        everywhere(accelerator, lambda: main and held.enter_context(lock(run_dir)))
         start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
+        agree(accelerator, {"checkpoint (is run_dir on a disk that all share?)": start_from and start_from.name})
         set_seed(config.seed)
         model = build_model(config, start_from)
         tokenizer = build_tokenizer(config, model, start_from)
         opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
         stream, validation = opened
+        held_out = [shards.meta["sha256"] for shards in validation]
+        agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
         optimizer = adamw(model, config.optim)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
         spikes, cursor = Spikes(config.train.spike_sigma, config.train.spike_window), {}
         if start_from is not None:
+            if not allow_config_change:
+                check_shape(start_from, model)
             model.to(accelerator.device)
             state = checkpoint.load(start_from, model, optimizer)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
@@ -90,10 +95,20 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                     + "".join(f"  {line}\n" for line in changed)
                     + "Restore what it was, or start a new run from its model (--model.init_from)."
                 )
+            if config.data.phases and samples != step * config.train.global_batch:
+                raise ValueError(
+                    f"data.phases are counted in steps of one train.global_batch, and the {step} steps so far had another than "
+                    f"{config.train.global_batch}; restore it, or start a new run from its model (--model.init_from)."
+                )
+            if state["validation"] != held_out and not allow_config_change:
+                raise ValueError(
+                    f"{start_from} was validated on other text than there is now, so losses would not compare. Restore it, or "
+                    "pass --allow-config-change."
+                )
             if step > config.train.steps:
                 raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
         stream.seek(samples, cursor)
-        first_on_main(accelerator, lambda: claim(config, start_from, step) if main else None)
+        everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
 
         # 2. The machine.
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -107,23 +122,28 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             start_wandb(accelerator, config)
         saver = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         saving: Future | None = None
+        held.callback(lambda: setattr(watching, "phase", "saving"))  # what is at work is waited for, however long
         stopping = signals.enter_context(stop_signals())  # only from here on: what came before is not worth a wait
         bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         held.callback(bar.close)
 
-        def log(file: Path, line: dict[str, Any]) -> None:
-            append(file, line)
+        def log(line: dict[str, Any]) -> None:
+            append(metrics, line)
             accelerator.log({key: value for key, value in line.items() if key != "step" and value is not None}, step=step)
 
         def validate() -> None:
             watching.phase = "validation"
             result = validation_loss(accelerator, bare, validation, config, stopping)
-            if main and result is not None:
-                log(metrics, {"step": step, "tokens": tokens, **result})
+            if result is None:
+                return
+            text = None
+            if config.log.sample_tokens:  # the others wait for the main process, however long it takes
+                text = everywhere(accelerator, lambda: sample_text(bare, tokenizer, config, stopping) if main else None)
+            if main and not (text is not None and stopping()):  # a sample that was cut off: both come again
+                log({"step": step, "tokens": tokens, **result})
                 nats, bits = result["val_loss"], result["val_bits_per_byte"]
                 bar.write(f"step {step}: validation loss {nats:.4f} nats/token, {bits:.4f} bits/byte")
-                if config.log.sample_tokens:
-                    text = sample_text(bare, tokenizer, config, stopping)
+                if text is not None:
                     append(run_dir / "samples.jsonl", {"step": step, "prompt": config.log.sample_prompt, "text": text})
                     bar.write(f"  {config.log.sample_prompt + text[:160]!r}")
 
@@ -135,7 +155,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             if main:
                 card = model_card(config, bare, ", ".join(stream.names), step, tokens, last_line(metrics, "val_loss"))
                 position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
-                state = {"step": step, "tokens": tokens, "spikes": spikes.state(), **position}
+                state = {"step": step, "tokens": tokens, "spikes": spikes.state(), "validation": held_out, **position}
                 extra = sidecars | {"README.md": card.encode()}
                 shot = checkpoint.snapshot(bare, optimizer, state, extra, copy=config.train.checkpoint_async)
                 saving = saver.submit(store, shot)
@@ -150,7 +170,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
         def finish_saving() -> None:
             """Waits for the checkpoint at work; what went wrong with it is raised on every rank."""
-            first_on_main(accelerator, lambda: saving and saving.result())
+            watching.phase = "saving"
+            everywhere(accelerator, lambda: saving and saving.result())
 
         def backward(module: nn.Module, batch: list[dict[str, Tensor]], targets: int) -> Tensor:
             """Adds to the gradients those of this rank's part of the batch; its part of the loss."""
@@ -173,6 +194,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 bar.write(f"step {step + 1}: {kind}, loss {nats:.4f}, gradient norm {grad_norm:.4f}: no weight was changed")
 
         # 3. The steps.
+        (adopted,) = gather(accelerator, main and step > 0 and not (run_dir / "checkpoints" / f"step-{step}").exists())[:1]
+        if adopted:  # a checkpoint from elsewhere: until it is here too, this run has none
+            save()
+            finish_saving()
         (last,) = gather(accelerator, last_line(metrics, "val_loss") if main else None)[:1]
         if last is None or (last["step"] < step and validation_due(config, step)):
             validate()
@@ -211,7 +236,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 elif config.train.on_nonfinite == "stop":
                     if step > saved:
                         save()
-                        finish_saving()
+                    finish_saving()
                     raise FloatingPointError(
                         f"step {step + 1}: loss {nats} and gradient norm {grad_norm} are not both finite. This step changed no "
                         f"weight; {run_dir / 'incidents.jsonl'} says which documents and layers it was. Lower optim.lr "
@@ -241,7 +266,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                     "memory_bytes": memory_bytes(accelerator.device), **(inside if finite else {}),
                 }  # fmt: skip
                 if main:
-                    log(metrics, line)
+                    log(line)
                     bar.set_postfix_str(f"loss {nats:.3f}, {speed:,.0f} tokens/s")
                 logged_tokens, clock = tokens, now
             paused = time.perf_counter()
@@ -259,7 +284,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         ended = "done" if step == config.train.steps else f"stopped at step {step} of {config.train.steps}"
         print(ended + (f": {run_dir / 'model'}" if step > 0 else ""))
         if step < config.train.steps:
-            print("the same command goes on from there")
+            print("the same command goes on from there" if resume == "auto" else "--resume auto goes on from there")
 
 
 def validation_due(config: RunConfig, step: int) -> bool:

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     source, columns = source_of(arguments), {"text_column": arguments.text_column, "template": arguments.template}
     val_source = None if arguments.val_source is None else Source(arguments.val_source, **columns)
     tokenizer = byte_tokenizer() if arguments.tokenizer == "bytes" else load_tokenizer(arguments.tokenizer)
+    begun = any(arguments.out.glob(".*-*/parts/*.json"))  # then the time is not that of all of it
     there = [split for split in ("train", "validation") if (arguments.out / split / "meta.json").exists()]
     begin = time.perf_counter()
     try:
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         parts[split].verify()
         print(f"{arguments.out / split} was there already: every file has the sha256 that it was written with")
     print(summary(parts))
-    if new:
+    if new and not begun:
         print(f"\n{scaled(new / seconds, PER_SECOND)} over {seconds:.1f} s")
     print(f"next: python -m train --config CONFIG --data.source {arguments.out} --data.tokenizer {arguments.out / 'tokenizer'}")
     return 0

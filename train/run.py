@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -50,11 +50,13 @@ def lock(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (run_dir / OWNER).unlink(missing_ok=True)
-        if not (run_dir / "config.yaml").exists():  # it never became a run: nothing is left of it
-            (run_dir / LOCK).unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()
+        with suppress(OSError):  # it must not hide what ended the run
+            (run_dir / OWNER).unlink(missing_ok=True)
+            if not (run_dir / "config.yaml").exists():  # it never became a run: nothing is left of it
+                for name in TRACES:
+                    (run_dir / name).unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
         held.release()
 
 
@@ -66,7 +68,9 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
     """
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
-    if not file.exists() and run_dir.exists() and {path.name for path in run_dir.iterdir()} - TRACES:
+    # Tokenised data may be kept in there too.
+    cache = os.path.relpath(os.path.expanduser(config.data.cache_dir), run_dir).split(os.sep)[0]
+    if not file.exists() and run_dir.exists() and {path.name for path in run_dir.iterdir()} - TRACES - {cache}:
         raise ValueError(f"run_dir {run_dir}: it exists and is no run directory; choose another with --run_dir.")
     if file.exists():
         if resume == "never":
@@ -91,7 +95,7 @@ def changes(config: RunConfig) -> list[str]:
     return [line for line in differences(before, parse_yaml(dump(config))) if not line.startswith("run_dir:")]
 
 
-def claim(config: RunConfig, start_from: Path | None, step: int) -> None:
+def claim(config: RunConfig, start_from: Path | None, step: int, ranks: int) -> None:
     """Makes the directory this run's own, to go on after `step`. What does not belong to its past is set aside, not lost."""
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
@@ -107,8 +111,11 @@ def claim(config: RunConfig, start_from: Path | None, step: int) -> None:
         files.replace_text(file, dump(config))
     checkpoint.rewind(run_dir, start_from)
     checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)  # a kill may have come before
+    for rank, sign in ((sign.stem.removeprefix("rank-"), sign) for sign in (run_dir / "ranks").glob("rank-*.json")):
+        if ranks == 1 or not rank.isdecimal() or int(rank) >= ranks:  # of a start with more ranks; the others write theirs now
+            sign.unlink()
     for name in ("metrics.jsonl", "samples.jsonl", "incidents.jsonl"):
-        drop_after(run_dir / name, step if start_from else -1)
+        drop_after(run_dir / name, step if (run_dir / "model").is_symlink() else -1)  # `rewind` has linked one of this run
 
 
 def unused(path: Path) -> Path:
@@ -129,14 +136,17 @@ def last_line(file: Path, key: str) -> dict | None:
 
 
 def drop_after(file: Path, step: int) -> None:
-    """Removes the lines of steps that are about to be run again, and one that was cut off in the middle."""
+    """Moves the lines of steps that are about to be run again to `…-before-resume.jsonl`; drops one that was cut off."""
     if not file.exists():
         return
-    kept = []
-    for text in file.read_text().splitlines():
+    kept: list[str] = []
+    dropped: list[str] = []
+    for text in file.read_text(errors="replace").splitlines():
         try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except ValueError:
+            (kept if json.loads(text)["step"] <= step else dropped).append(text)
+        except (ValueError, TypeError, KeyError):
             logger.warning("%s: dropping a line that was cut off", file)
+    if dropped:  # of another future, or of a fault that may not come again
+        with file.with_name(f"{file.stem}-before-resume.jsonl").open("a") as out:
+            out.write("".join(f"{text}\n" for text in dropped))
     files.replace_text(file, "".join(f"{text}\n" for text in kept))

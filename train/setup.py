@@ -19,7 +19,7 @@ from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
-from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, dump
+from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,21 @@ def build_model(config: RunConfig, start_from: Path | None = None) -> HybridLMFo
     return HybridLMForCausalLM(HybridLMConfig.from_strict_dict(config.model.config), backend=config.ops.backend).train()
 
 
+def check_shape(start_from: Path, model: HybridLMForCausalLM) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint is of another architecture, though its tensors may have the same sizes.
+    """
+    kept, names = HybridLMConfig.from_pretrained(start_from / "model"), HybridLMConfig.__annotations__
+    before, after = ({name: getattr(config, name) for name in names} for config in (kept, model.config))
+    if lines := list(differences(before, after)):
+        raise ValueError(
+            f"{start_from} is of another model:\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + "Give the run its settings, or pass --allow-config-change to go on with these."
+        )
+
+
 def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the run; the model's configuration takes its special ids.
 
@@ -47,10 +62,10 @@ def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: P
     if name is None and (source := data.blend[0].source if data.blend else data.source) and is_prepared(source):
         name = str(Path(source).expanduser() / "tokenizer")
     tokenizer = byte_tokenizer() if name in (None, "bytes") else load_tokenizer(name)
-    if len(tokenizer) > model.config.vocab_size:
+    if (needed := max(tokenizer.get_vocab().values()) + 1) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer {name or 'bytes'} has {len(tokenizer)} tokens and the model only "
-            f"vocab_size={model.config.vocab_size}; set vocab_size to at least {len(tokenizer)}."
+            f"the tokenizer {name or 'bytes'} has token ids up to {needed - 1} and the model only "
+            f"vocab_size={model.config.vocab_size}; set vocab_size to at least {needed}."
         )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, key, getattr(tokenizer, key))

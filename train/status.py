@@ -49,7 +49,7 @@ def look(run: Path) -> dict[str, Any]:
     steps = plan.get("steps")
     lines, unreadable = _read_lines(metrics)
     incidents, _ = _read_lines(run / "incidents.jsonl")
-    saved = [one for number, folder in _checkpoints(run) if (one := _checkpoint(folder, number, now)) is not None]
+    saved = [one for number, folder in reversed(checkpoint.folders(run)) if (one := _checkpoint(folder, number, now)) is not None]
     newest = next((one for one in saved if not one["faults"]), None)
     if fault is None and saved and newest is None:
         fault = "no checkpoint is whole: restore one, or begin again with another --run_dir"
@@ -151,12 +151,6 @@ def _locked(file: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder), the newest first."""
-    found = [(p.name.removeprefix("step-"), p) for p in (run / "checkpoints").glob("step-*")]
-    return sorted(((int(number), p) for number, p in found if number.isascii() and number.isdecimal()), reverse=True)
 
 
 def _checkpoint(folder: Path, step: int, now: float) -> dict[str, Any] | None:

@@ -6,6 +6,8 @@ Modeling"). What stays empty is padding. Which pieces share a window is worked o
 that a sample is still found by its number alone.
 """
 
+import errno
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,8 @@ from typing import ClassVar
 import numpy as np
 
 from hybridlm.data.sampler import Sampler, permute
+
+logger = logging.getLogger(__name__)
 
 
 def pieces(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +72,7 @@ def make_index(ends: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def open_index(ends: np.ndarray, seq_len: int, file: Path) -> np.ndarray:
-    """The index, memory-mapped from `file`, which is written first where it is not there.
+    """The index, memory-mapped from `file`, which is written first where it is not there, and can be.
 
     Raises:
         ValueError: the file is not an index of these documents.
@@ -81,6 +85,11 @@ def open_index(ends: np.ndarray, seq_len: int, file: Path) -> np.ndarray:
                 out.flush()
                 os.fsync(out.fileno())
             unfinished.replace(file)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logger.warning("%s cannot be written (%s): the packing is worked out anew at each start", file, error.strerror)
+            return make_index(ends, seq_len)
         finally:
             unfinished.unlink(missing_ok=True)
     try:
@@ -113,7 +122,6 @@ class BestFit(Sampler):
     packing: ClassVar[str] = "best-fit"
 
     def __post_init__(self):
-        super().__post_init__()
         _ = self.index  # made now, by the process that prepares data, and not by each that reads it
 
     @cached_property

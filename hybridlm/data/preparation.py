@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -66,6 +66,7 @@ def prepare_documents(
     quiet: bool = False,
 ) -> Shards:
     """The same for documents that are open already."""
+    check_outside(documents, cache_dir, "data.cache_dir")
     folder = cache_dir / identity(documents, tokenizer_digest(tokenizer))
     return documents_to_shards(documents, tokenizer, folder, bad_documents, workers, quiet)
 
@@ -94,21 +95,29 @@ def prepare_folder(
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.removeprefix(".").split("-")[0].removesuffix(".lock") not in ("train", "validation", "tokenizer"):
             raise ValueError(f"{folder} holds {path.name}, which is no prepared data; give a new or empty folder.")
-    if inside := next((d for d in documents if Path(d.name).expanduser().resolve() in folder.resolve().parents), None):
-        raise ValueError(f"{folder} lies inside the source {inside.name}, which it would change; give a folder elsewhere.")
+        if path.name in ("train", "validation") and not (path / "meta.json").exists():
+            raise ValueError(f"{path} is no prepared data; give a new or empty folder.")
+    for d in documents:
+        check_outside(d, folder, "--out")
     if prepared := next((d for d in documents if d.prepared), None):
         raise ValueError(f"{prepared.name} is prepared already; train on it with --data.source {prepared.name}.")
-    digest = tokenizer_digest(tokenizer)
-    for d, split in zip(documents, ("train", "validation")):
-        if (folder / split / "meta.json").exists() and (faults := differences(Shards(folder / split), d, digest)):
-            raise ValueError(f"{folder / split} was prepared otherwise: {'; '.join(faults)}. Give another --out, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder / "tokenizer")
     training, validation = (
         documents_to_shards(d, tokenizer, folder / split, bad_documents, workers, quiet)
         for d, split in zip(documents, ("train", "validation"))
     )
+    tokenizer.save_pretrained(folder / "tokenizer")  # last: without it the folder is no source
     return training, validation
+
+
+def check_outside(documents: Documents, folder: Path, setting: str) -> None:
+    """
+    Raises:
+        ValueError: what is written to `folder` would become part of the source.
+    """
+    if Path(documents.name).expanduser().resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(
+            f"{setting} {folder} lies inside the source {documents.name}, which it would change; give a folder elsewhere."
+        )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,19 +163,28 @@ def documents_to_shards(
                 "(data.tokenizer)."
             )
         return shards
-    with only_one(folder, quiet):
+    # What is there already may be where nothing can be written.
+    with nullcontext() if (folder / "meta.json").exists() else only_one(folder, quiet):
         if not (folder / "meta.json").exists():
             unfinished = folder.with_name(f".{folder.name}-{identity(documents, digest)}")
             for other in folder.parent.glob(f".{folder.name}-*"):
                 if other != unfinished:  # of a source that has changed since, or of another tokenizer
                     shutil.rmtree(other)
             if not (unfinished / "meta.json").exists():
-                write(documents, tokenizer, digest, unfinished, bad_documents == "skip", workers, quiet)
+                try:
+                    write(documents, tokenizer, digest, unfinished, bad_documents == "skip", workers, quiet)
+                except OSError as error:
+                    if error.errno is None:  # a process that died, which says so itself
+                        raise
+                    kept = f"{error.strerror}; what is finished of {unfinished} is kept, and the same command goes on"
+                    raise OSError(error.errno, kept, error.filename) from None
             shutil.rmtree(unfinished / "parts", ignore_errors=True)
             for leftover in unfinished.glob(".*"):  # of processes that were killed
                 leftover.unlink()
             unfinished.rename(folder)
         shards = Shards(folder).check()
+        if faults := differences(shards, documents, digest):
+            raise ValueError(f"{folder} was prepared otherwise: {'; '.join(faults)}. Give another --out, or remove it.")
         if shards.meta["license"] != documents.license:
             write_atomically(folder / "meta.json", to_json(shards.meta | {"license": documents.license}))
             shards = Shards(folder).check()
@@ -209,7 +227,7 @@ def write(
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     parts = partition(documents)
     missing = [number for number in range(len(parts)) if not (folder / "parts" / f"{number:05d}.json").exists()]
-    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4")
     job = partial(write_part, documents, parts, tokenizer, dtype, folder, skip)
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -217,7 +235,7 @@ def write(
         bar.update(len(documents) - sum(len(parts[number]) for number in missing))
         bar.initial = bar.n  # what was there before says nothing about the speed
         if workers <= 1 or documents.size <= SMALLEST_PART:
-            with threads_of_tokenizers(False):
+            with single_threaded_tokenizers():
                 for number in missing:
                     job(number, bar.update)
         else:
@@ -262,10 +280,10 @@ def partition(documents: Documents) -> list[range]:
 
 
 @contextmanager
-def threads_of_tokenizers(many: bool) -> Iterator[None]:
-    """Whether tokenizers uses threads of its own. A process that has used them cannot be forked without a warning."""
+def single_threaded_tokenizers() -> Iterator[None]:
+    """Without threads of the tokenizers library's own: a process that has used them cannot be forked without a warning."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = str(many).lower()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:

@@ -29,13 +29,6 @@ class Sampler:
     vocab_size: int
     packing: ClassVar[str] = "stream"
 
-    def __post_init__(self):
-        if len(self.shards) == len(self.shards.documents):
-            raise ValueError(
-                f"the documents of {self.shards.meta['source']} have one token each, so there is nothing to predict; "
-                "leave this source out, or give longer documents."
-            )
-
     @cached_property
     def ends(self) -> np.ndarray:
         return np.ascontiguousarray(self.shards.documents[:, 0])

@@ -5,6 +5,7 @@ token), `documents.npy` (one row a document: where it ends, and how many bytes o
 `meta.json`, which names the files. `hybridlm.data.preparation` writes it.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -104,6 +105,8 @@ class Shards:
         # A document has a token and its end, at least.
         if not len(table) or table[0, 0] < 2 or (np.diff(table[:, 0]) < 2).any() or table[-1, 0] != len(self):
             raise ValueError(f"{path} is altered: its documents do not follow one another up to token {len(self)}. {REMEDY}")
+        if hash_files([path]) != self.meta["documents_sha256"]:
+            raise ValueError(f"{path} is altered: its sha256 is not the one in meta.json. {REMEDY}")
         return table
 
     def __len__(self) -> int:
@@ -168,11 +171,17 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     backend.no_truncation()  # which a tokenizer's file may ask for
     backend.no_padding()
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        tokens = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the panic of its Rust is no Exception
         raise ValueError(f"the tokenizer fails on a text: {type(error).__name__}: {error}") from None
+    # The model of some (Unigram, WordLevel) has the specials among its own pieces.
+    specials = {s: tokenizer.convert_tokens_to_ids(s) for s in tokenizer.all_special_tokens if s != tokenizer.unk_token}
+    for text, ids in zip(texts, tokens):
+        if read := next((s for s, i in specials.items() if s in text and i in ids), None):
+            raise ValueError(f"the tokenizer reads {read!r} in a text as its special token; take it out, or another tokenizer.")
+    return tokens
 
 
 def bytes_after_first(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -182,6 +191,9 @@ def bytes_after_first(text: str, ids: list[int], tokenizer: PreTrainedTokenizerB
 
 def token_bytes(token: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """UTF-8 bytes that a token stands for."""
+    text = tokenizer.convert_ids_to_tokens([token])[0]
     if tokenizer.backend_tokenizer.decoder.__class__.__name__ == "ByteLevel":
-        return len(tokenizer.convert_ids_to_tokens([token])[0])
+        return len(text)
+    if re.fullmatch("<0x[0-9A-F]{2}>", text):  # one byte of a character, which alone is decoded to a mark for what is no text
+        return 1
     return len(str(tokenizer.decode([token])).encode())

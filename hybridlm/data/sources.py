@@ -1,5 +1,6 @@
 """Where documents come from: the standard library, local text, JSON lines, prepared tokens, or anything that `datasets` reads."""
 
+import glob
 import hashlib
 import os
 import sysconfig
@@ -20,6 +21,7 @@ from hybridlm.data.shards import Shards
 STDLIB = "stdlib"
 # How `datasets` calls the readers of local files.
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+END_BYTES = 4096  # of each end of a file, in its stamp
 HELD_OUT_KEY = 0x5EED
 
 
@@ -57,6 +59,7 @@ class Documents:
         size: bytes of all, about.
         changed: whether the source is another than it was when it was opened.
         prepared: the folder that has them as tokens already.
+        has_columns: whether a text is made of the columns of a row.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Documents:
     license: str | None = None
     changed: Callable[[], bool] = never
     prepared: Path | None = None
+    has_columns: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -121,8 +125,16 @@ def split_source(source: Source, val_source: Source | None, val_fraction: float)
     Validation is `val_source` where given; else the source's own validation split where it has one (stdlib, prepared folders,
     hub datasets); else `val_fraction` of its documents, drawn from all over it since a source may be sorted, or, where it is a
     single document, the end of its characters.
+
+    Raises:
+        ValueError: as `open_source`; a column or template for what has no columns.
     """
     training = open_source(source, "train")
+    if (source.text_column, source.template) != (Source.text_column, None) and not training.has_columns:
+        raise ValueError(
+            f"data source {source.source!r} is text, or tokens, without columns; leave data.text_column and data.template away "
+            f"(rows are read from {', '.join(READERS)} files)."
+        )
     if val_source is not None:
         return training, open_validation(val_source)
     try:
@@ -150,9 +162,11 @@ def split_source(source: Source, val_source: Source | None, val_fraction: float)
 
 
 def open_validation(val_source: Source) -> Documents:
-    """All of a source that was given for validation, or what it holds out of itself (stdlib, prepared folders)."""
-    own = val_source.source == STDLIB or is_prepared(val_source.source)
-    return open_source(val_source, "validation" if own else "train")
+    """What a source that was given for validation holds out of itself, or all of it."""
+    try:
+        return open_source(val_source, "validation")
+    except NoSuchSplit:
+        return open_source(val_source, "train")
 
 
 def _characters(read: Callable[[int], str], start: int, stop: int, i: int) -> str:
@@ -170,14 +184,14 @@ def _files(source: Source, path: Path, split: str) -> Documents:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(source, [], split)
     else:
-        kinds = sorted({p.suffix if p.suffix in READERS else "text" for p in files})
+        kinds = sorted({kind if (kind := suffix_of(p)) in READERS else "text" for p in files})
         if len(kinds) > 1:
             raise ValueError(f"data source {name!r} has files of several kinds: {', '.join(kinds)}; give one kind at a time.")
         if split != "train":
             raise NoSuchSplit(f"data source {name!r} has no {split} split.")
         if kinds == [".jsonl"]:
             lines = JsonLines(files, source.text_column, source.template)
-            documents = Documents(name, "", int(lines.ends[-1]), lines.read)
+            documents = Documents(name, "", int(lines.ends[-1]), lines.read, has_columns=True)
         elif kinds in ([], ["text"]):
             documents = _text_files(name, files)
         else:
@@ -187,13 +201,35 @@ def _files(source: Source, path: Path, split: str) -> Documents:
 
 
 def list_files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """The files of a folder and of those in it, in the order of their names; or the one file.
+
+    Raises:
+        ValueError: a link that would be passed over.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.rglob("*"))
+    if broken := next((p for p in found if p.is_symlink() and not p.is_file()), None):
+        raise ValueError(f"{broken} is a link to a folder or to nothing, which is not followed; put there what it stands for.")
+    return [p for p in found if p.is_file()]
+
+
+def suffix_of(path: Path) -> str:
+    """As in READERS."""
+    return {".ndjson": ".jsonl"}.get(path.suffix.lower(), path.suffix.lower())
 
 
 def stamp_of(root: Path, files: list[Path]) -> str:
-    """Changes with the names, sizes and times of the files."""
-    stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    """Changes with the names, sizes, times and ends of the files. An archive may give all of its files one time."""
+    stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns, _ends(p)) for p in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _ends(path: Path) -> str:
+    with path.open("rb") as file:
+        first = file.read(END_BYTES)
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        return hashlib.sha256(first + file.read(END_BYTES)).hexdigest()
 
 
 def _differs(path: Path, stamp: str) -> bool:
@@ -242,14 +278,13 @@ def _text(paths: list[Path], i: int) -> str:
 
 
 def is_prepared(source: str) -> bool:
-    path = Path(source).expanduser()
-    return (path / "tokenizer").is_dir() and any((path / split / "meta.json").exists() for split in ("train", "validation"))
+    return any((Path(source).expanduser() / split / "meta.json").exists() for split in ("train", "validation"))
 
 
 def _prepared(source: str, split: str) -> Documents:
     """Documents whose tokens are there already; read as text, they are decoded."""
     folder = Path(source).expanduser() / split
-    if not (folder / "meta.json").exists():
+    if not (folder / "meta.json").exists() or not (folder.parent / "tokenizer").is_dir():
         raise ValueError(f"data source {source!r} is not prepared to the end; give the same `python -m train prepare` again.")
     shards = Shards(folder).check()
     meta = shards.meta
@@ -270,13 +305,18 @@ def _dataset(source: Source, files: list[Path], split: str) -> Documents:
     import pyarrow
 
     path = Path(source.source).expanduser()
-    like_a_file = path.suffix in (".txt", ".md", ".py", *READERS)
+    like_a_file = suffix_of(path) in (".txt", ".md", ".py", *READERS)
     if not path.exists() and (like_a_file or source.source.startswith((".", "/", "~")) or source.source.count("/") > 1):
         raise ValueError(f"data source {source.source!r} does not exist (looked for {path.absolute()}).")
     name, _, configuration = source.source.partition(":")
     try:
         if files:
-            table = datasets.load_dataset(READERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+            # Escaped, since a name is taken for a pattern. The stamp is in the name under which `datasets` keeps what it read,
+            # for it goes by path and time alone. What a CSV has is text: 007, NA and an empty field mean themselves.
+            reader, names = READERS[suffix_of(files[0])], [glob.escape(str(file)) for file in files]
+            wanted = [source.text_column] if source.template is None else columns(source.template)
+            as_text = {"keep_default_na": False, "converters": dict.fromkeys(wanted, str)} if reader == "csv" else {}
+            table = datasets.load_dataset(reader, stamp_of(path, files), data_files=names, split="train", **as_text)
         elif path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
@@ -293,8 +333,11 @@ def _dataset(source: Source, files: list[Path], split: str) -> Documents:
             f"data source {source.source!r} is no local file or folder, and the hub has no such dataset, or cannot be reached: "
             f"{error}"
         ) from None
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, StopIteration, OSError) as error:
-        raise ValueError(f"data source {source.source!r} cannot be read: {error.__cause__ or error or 'it is empty'}.") from None
+    except NoSuchSplit:
+        raise
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, StopIteration, OSError, ValueError) as error:
+        why = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"data source {source.source!r} cannot be read: {why}.") from None
     wanted = [source.text_column] if source.template is None else columns(source.template)
     setting = f"data.text_column={source.text_column!r}" if source.template is None else f"data.template={source.template!r}"
     if missing := [column for column in wanted if column not in table.column_names]:
@@ -303,7 +346,8 @@ def _dataset(source: Source, files: list[Path], split: str) -> Documents:
         )
     table = table.select_columns(list(dict.fromkeys(wanted)))
     read = partial(_row, table, source)
-    return Documents(source.source, table._fingerprint, len(table), read, table.data.nbytes, table.info.license or None)
+    license = table.info.license or None
+    return Documents(source.source, table._fingerprint, len(table), read, table.data.nbytes, license, has_columns=True)
 
 
 def _row(table: Any, source: Source, i: int) -> str:

@@ -7,6 +7,7 @@ before it in its document a target exactly once an epoch, and the same global ba
 each of which reads the whole stream and takes its rows.
 """
 
+import glob
 import hashlib
 import logging
 from bisect import bisect_right
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm.data.rows import BadDocument, text_of
 from hybridlm.data.shards import tokenize
-from hybridlm.data.sources import READERS, Source
+from hybridlm.data.sources import READERS, Source, list_files, suffix_of
 from hybridlm.ops.cross_entropy import IGNORE
 
 if TYPE_CHECKING:  # it takes a second, and most runs need none
@@ -43,14 +44,14 @@ def open_streaming(source: str, revision: str | None = None) -> "datasets.Iterab
     path = Path(source).expanduser()
     try:
         if path.exists():
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            if len({p.suffix for p in files}) != 1 or files[0].suffix not in READERS:
+            files = list_files(path)
+            if len({suffix_of(p) for p in files}) != 1 or suffix_of(files[0]) not in READERS:
                 raise ValueError(
                     f"data.streaming reads hub datasets, or a file or folder of one kind of {', '.join(READERS)}; "
                     f"{source!r} is none. Set data.streaming: false for it."
                 )
-            names = [str(p) for p in files]
-            return datasets.load_dataset(READERS[files[0].suffix], data_files=names, split="train", streaming=True)
+            names = [glob.escape(str(p)) for p in files]
+            return datasets.load_dataset(READERS[suffix_of(files[0])], data_files=names, split="train", streaming=True)
         name, _, configuration = source.partition(":")
         return datasets.load_dataset(name, configuration or None, split="train", revision=revision, streaming=True)
     except (datasets.exceptions.DatasetsError, OSError) as error:

@@ -146,7 +146,7 @@ UNTIL_SAFE = {
     "written in its place": (checkpoint.write, {'f".step-{step}.unfinished"': 'f"step-{step}"'}),
     "the last one deleted before the next is there": (
         checkpoint.write,
-        {"    try:\n        files.make_folder": "    for _, old in _all(run_dir):\n        files.remove(old)\n"
+        {"    try:\n        files.make_folder": "    for _, old in folders(run_dir):\n        files.remove(old)\n"
         "    try:\n        files.make_folder"},
     ),
     "deleted in its place": (checkpoint.prune, {"files.rename(folder, deleted)": "deleted = folder"}),

@@ -37,7 +37,10 @@ def step(model, optimizer):
 
 
 def state_of(step):
-    return {"step": step, "samples": 1, "tokens": 12, "identity": {"seed": 0}, "cursor": {}, "spikes": {"losses": [5.0, 4.5]}}
+    return {
+        "step": step, "samples": 1, "tokens": 12, "identity": {"seed": 0}, "cursor": {}, "spikes": {"losses": [5.0, 4.5]},
+        "validation": ["ab"],
+    }  # fmt: skip
 
 
 def snapshot_of(trained, step=1, copy=True):

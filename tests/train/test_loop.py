@@ -235,7 +235,7 @@ def test_bf16_trains_with_the_weights_in_fp32(make_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model__config": "small"}, "258 tokens and the model only vocab_size=100"),
+        ({"model__config": "small"}, "ids up to 257 and the model only vocab_size=100"),
         ({"train__micro_batch": 3}, r"micro_batch \(3\) must divide"),
         ({"data__source": "./nothing"}, "does not exist"),
         ({"model__init_from": "./nothing"}, "no checkpoint folder"),

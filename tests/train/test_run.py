@@ -13,7 +13,7 @@ def start(config, resume="auto", allow_config_change=False):
     """Locks, checks and claims, as a run does."""
     with lock(Path(config.run_dir)):
         start_from = check(config, resume, allow_config_change)
-        claim(config, start_from, 0)
+        claim(config, start_from, 0, 1)
     return start_from
 
 
@@ -75,7 +75,7 @@ def test_a_second_process_is_refused_and_told_who_has_the_directory(make_config)
     config = make_config()
     run_dir = Path(config.run_dir)
     with lock(run_dir):
-        claim(config, None, 0)
+        claim(config, None, 0, 1)
         before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
         with pytest.raises(ValueError, match=rf"(?s)in use by another process.*{os.getpid()}.*--run_dir"), lock(run_dir):
             pass
@@ -90,7 +90,7 @@ def test_a_lock_is_gone_with_the_process_that_held_it(make_config):
     process = os.fork()
     if process == 0:
         with lock(run_dir):
-            claim(make_config(), None, 0)
+            claim(make_config(), None, 0, 1)
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(process, 0)
     assert (run_dir / "owner.json").exists()

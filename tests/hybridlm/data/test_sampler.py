@@ -98,11 +98,6 @@ def test_the_origin_of_a_sample_is_the_documents_that_it_predicts(numbered):
     assert by_window[2] == [{"document": 3, "offset": 4}]
 
 
-def test_a_source_without_a_target_is_an_error_at_once(numbered):
-    with pytest.raises(ValueError, match="numbered have one token each, so there is nothing to predict"):
-        Sampler(numbered([1, 1, 1]), 8, 0, 5000)
-
-
 def test_a_window_without_a_target_is_no_error(numbered):
     sampler = Sampler(numbered([1] * 20 + [2]), 4, 0, 5000)
     without = [n for n in range(5) if (sampler.sample(n)["targets"] == -100).all()]
