@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 
@@ -205,3 +206,12 @@ def test_the_blend_of_the_documentation_is_a_configuration():
     config = parse(TINY | parse_yaml(block))
     assert config.data.phases == (0.6, 0.8)
     assert blend_weights(config.data) == [[0.7, 0.3], [0.5, 0.5], [0.2, 0.8]]
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.timeout", 1e15), ("seed", 2**32), ("optim.eps", math.inf)])
+def test_numbers_that_torch_cannot_take_are_named(key, value):
+    values = {"run_dir": "r", "model": {"config": {}}, "data": {"source": "stdlib"}}
+    *section, name = key.split(".")
+    (values.setdefault(section[0], {}) if section else values)[name] = value
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        parse(values)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train.__main__
+from train import checkpoint, loop
 from train.config import dump
 from train.loop import next_token_loss
 from train.loop import train as train_run
@@ -163,3 +165,45 @@ def test_a_disk_that_is_full_ends_all_ranks_and_leaves_the_older_checkpoint(make
     assert [one.status for one in ended] == [1, 1]
     assert "checkpoint of step 4 could not be written (No space left on device)" in ended[0].err
     assert "step-2" in checkpoints(config) and "step-4" not in checkpoints(config)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("slow", ["write", "sample_text"])
+def test_what_takes_longer_than_a_step_may_is_waited_for(make_config, run_ranks, monkeypatch, slow):
+    config = make_config(train__timeout=2, train__val_every=100)
+    real = {"write": checkpoint.write, "sample_text": loop.sample_text}[slow]
+    monkeypatch.setattr({"write": checkpoint, "sample_text": loop}[slow], slow, lambda *a: time.sleep(5) or real(*a))
+    ended = run_ranks(2, start(config, at_step(5, killed(signal.SIGTERM), 0)))
+    assert [one.status for one in ended] == [0, 0], ended
+    assert checkpoints(config) == ["step-4", "step-5"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", ["data", "run_dir"])
+def test_ranks_that_do_not_share_a_disk_are_told(make_config, run_ranks, tmp_path, what):
+    for rank in (0, 1):
+        (tmp_path / f"{rank}").mkdir()
+        (tmp_path / f"{rank}" / "text.txt").write_text(("cats ", "dogs ")[rank if what == "data" else 0] * 300)
+    shared = {
+        "data__source": "text.txt",
+        "data__cache_dir": "cache",
+        "run_dir": "run" if what == "run_dir" else str(tmp_path / "run"),
+    }
+
+    def work(rank, **changes):
+        os.chdir(tmp_path / f"{rank}")
+        start(make_config(**shared, schedule__decay=0.0, **changes))(rank)
+
+    if what == "run_dir":
+        assert [one.status for one in run_ranks(2, work)] == [0, 0]
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [2, 2], ended
+    says = {"data": r"rank 1: data\.sources: .* -> ", "run_dir": r"is run_dir on a disk that all share\?.*: 'step-8' -> None"}
+    assert re.search(says[what], ended[0].err)
+
+
+@pytest.mark.faults
+def test_a_batch_that_does_not_divide_on_one_rank_is_told_as_a_difference(make_config, run_ranks):
+    ended = run_ranks(2, lambda rank: start(make_config(train__global_batch=4 - rank))(rank))
+    assert [one.status for one in ended] == [2, 2]
+    assert "rank 1: settings.train.global_batch: 4 -> 3" in ended[0].err

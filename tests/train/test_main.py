@@ -1,3 +1,6 @@
+import os
+from contextlib import suppress
+
 import yaml
 
 from train import __main__ as cli
@@ -34,3 +37,22 @@ def test_print_config_prints_what_would_run_and_runs_nothing(make_config, tmp_pa
     assert cli.main([*write(tmp_path, make_config()), "--optim.lr", "0.5", "--print_config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.5
     assert not (tmp_path / "run").exists()
+
+
+def test_one_rank_of_each_machine_says_what_is_wrong(capsys, monkeypatch):
+    for rank, local_rank, said in (("8", "0", True), ("1", "1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert cli.main(["--config", "nothing.yaml"]) == 2
+        assert ("there is no file nothing.yaml" in capsys.readouterr().err) is said
+
+
+def test_output_that_is_closed_costs_nothing():
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        out = cli.Lasting(stream)
+        os.close(read)
+        print("x" * 100_000, file=out, flush=True)
+        assert out.fileno() == write
+        with suppress(BrokenPipeError):
+            stream.close()

@@ -112,3 +112,29 @@ def test_a_run_cut_off_in_its_first_moment_starts_again(make_config, left):
     for name in left:
         (Path(make_config().run_dir) / name).write_text("")
     assert start(make_config()) is None
+
+
+def test_what_ended_a_run_is_not_hidden_by_the_tidying_behind_it(tmp_path):
+    with pytest.raises(OSError, match="No space left"), lock(tmp_path / "deep" / "run"):
+        (tmp_path / "deep" / "run" / ".config.yaml.unfinished").write_text("half")
+        (tmp_path / "deep" / "sibling").mkdir()
+        raise OSError(28, "No space left on device")
+    assert not (tmp_path / "deep" / "run").exists()
+
+
+def test_tokens_in_the_run_directory_are_no_other_run(make_config, tmp_path):
+    config = make_config(data__cache_dir=str(tmp_path / "run" / "cache"))
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    assert start(config) is None
+
+
+def test_signs_of_ranks_that_are_no_more_go(make_config):
+    config, signs = make_config(), Path(make_config().run_dir) / "ranks"
+    start(config)
+    for ranks, left in ((3, ["rank-0.json", "rank-1.json", "rank-2.json"]), (2, ["rank-0.json", "rank-1.json"]), (1, [])):
+        signs.mkdir(exist_ok=True)
+        for rank in range(4):
+            (signs / f"rank-{rank}.json").write_text("{}")
+        with lock(Path(config.run_dir)):
+            claim(config, None, 0, ranks)
+        assert sorted(p.name for p in signs.iterdir()) == left

@@ -1,3 +1,4 @@
+import errno
 import json
 import pickle
 from collections import Counter
@@ -153,3 +154,17 @@ def test_an_index_that_cannot_be_written_leaves_nothing_behind(numbered, monkeyp
     with pytest.raises(OSError, match="no space"):
         open_index(shards.documents[:, 0], 16, shards.folder / "index.npy")
     assert list(shards.folder.iterdir()) == []
+
+
+def test_an_index_that_cannot_be_written_is_worked_out_at_each_start(numbered, monkeypatch, caplog):
+    shards = numbered([5, 3, 9, 2])
+    wanted = BestFit(numbered([5, 3, 9, 2]), 6, 0, 5000).index.copy()
+    (shards.folder / "best-fit-6.npy").unlink()
+
+    def read_only(*arguments):
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(packing.np, "save", read_only)
+    assert (BestFit(shards, 6, 0, 5000).index == wanted).all()
+    assert "Read-only file system" in caplog.text
+    assert not [*shards.folder.iterdir()]

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -324,3 +325,47 @@ def test_a_folder_with_other_things_or_other_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train was prepared otherwise: fingerprint \(the source has changed since"):
         prepare_folder(split_source(source, None, 0.1), TOKENIZER, out, quiet=True)
     assert contents(out) == before
+
+
+def test_of_two_that_prepare_one_folder_the_second_does_not_take_the_data_of_the_first_for_its_own(tmp_path):
+    ours, theirs = documents("ours"), documents("theirs")
+    documents_to_shards(theirs, TOKENIZER, tmp_path / "train", quiet=True)  # while ours waited for the lock
+    with pytest.raises(ValueError, match="prepared otherwise: fingerprint"):
+        documents_to_shards(ours, TOKENIZER, tmp_path / "train", quiet=True)
+
+
+def test_a_folder_that_is_its_source_and_a_cache_inside_one_are_refused(tmp_path):
+    for i in (0, 1):
+        (tmp_path / f"train-{i}.jsonl").write_text('{"text": "one"}\n')
+    source, before = Source(str(tmp_path)), sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="lies inside the source"):
+        prepare_folder(split_source(source, None, 0.5), TOKENIZER, tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=r"data\.cache_dir .* lies inside the source"):
+        prepare(source, TOKENIZER, tmp_path / "cache", quiet=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ids_past_65535_are_kept_though_there_are_few_tokens(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 70_000, "</s>": 1}, "a")), eos_token="</s>"
+    )
+    assert tokens(documents_to_shards(documents("a"), tokenizer, tmp_path / "shards", quiet=True)) == [70_000, 1]
+
+
+def test_what_is_prepared_can_be_used_where_nothing_can_be_written(tmp_path, monkeypatch):
+    write(["one"], tmp_path)
+
+    def read_only(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(preparation, "only_one", read_only)
+    assert len(write(["one"], tmp_path)) == 4
+
+
+def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "tokens-00000.bin")
+
+    monkeypatch.setattr(preparation, "write_part", full)
+    with pytest.raises(OSError, match=r"No space left on device; what is finished of .* is kept, and the same command goes on"):
+        write(["one"], tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hybridlm.data import preparation
@@ -179,3 +179,36 @@ def test_a_pickle_in_the_place_of_the_table_is_never_run(folder, tmp_path, kind)
     with pytest.raises(ValueError, match=r"documents\.npy is no table of documents"):
         Shards(folder).check()
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_border_that_was_moved_is_found_when_the_table_is_opened(folder):
+    table = np.load(folder / "documents.npy")
+    table[0, 0] -= 1
+    np.save(folder / "documents.npy", table)
+    with pytest.raises(ValueError, match=r"documents\.npy is altered: its sha256"):
+        Shards(folder).check()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"<unk>": 0, "</s>": 1, "abc": 2}, "<unk>"),
+        models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("abc", -2.0), ("▁", -3.0)], 0),
+    ],
+)
+def test_a_special_token_that_a_tokenizer_reads_out_of_text_is_an_error(model):
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert tokenize(["abc xyz"], tokenizer)[0][0] == 2
+    with pytest.raises(ValueError, match="reads '</s>' in a text as its special token"):
+        tokenize(["abc", "abc </s>"], tokenizer)
+
+
+def test_a_byte_of_a_character_counts_as_one(monkeypatch):
+    pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", -1.0) for i in range(256))]
+    backend = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    backend.decoder = decoders.ByteFallback()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    (ids,) = tokenize(["é"], tokenizer)
+    assert bytes_after_first("é", ids, tokenizer) == 1

@@ -1,6 +1,8 @@
 import json
+import os
 import pickle
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,8 +207,82 @@ def test_a_folder_of_tables_is_read_whole_and_one_of_several_kinds_refused(tmp_p
         open_source(Source(str(folder)), "train")
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.csv", ""), ("a.parquet", "no parquet")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", ""), ("b.csv", "text\n"), ("a.parquet", "no parquet"), ("a.json", ""), ("b.json", "{")]
+)
 def test_a_broken_table_is_named(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
         open_source(Source(str(tmp_path / name)), "train")
+
+
+def test_names_that_look_like_patterns_are_names(tmp_path):
+    for name in ("x1", "x[1]"):
+        (tmp_path / f"{name}.csv").write_text(f"text\nfrom {name}\n")
+    assert list(open_source(Source(str(tmp_path)), "train")) == ["from x1", "from x[1]"]
+
+
+def test_a_table_that_was_edited_is_read_anew_though_its_time_is_the_same(tmp_path):
+    file = tmp_path / "t.csv"
+    for text in ("old", "a newer one"):
+        file.write_text(f"text\n{text}\n")
+        os.utime(file, ns=(10**18, 10**18))
+        assert list(open_source(Source(str(file)), "train")) == [text]
+
+
+@pytest.mark.parametrize("edit", ["name", "content"])
+def test_files_of_one_size_and_time_are_told_apart(tmp_path, edit):
+    stamps = []
+    for folder, name, text in (("a", "1.txt", "cats"), ("b", "2.txt" if edit == "name" else "1.txt", "dogs")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("cats" if edit == "name" else text)
+        os.utime(tmp_path / folder / name, ns=(10**18, 10**18))
+        stamps.append(open_source(Source(str(tmp_path / folder)), "train").fingerprint)
+    assert stamps[0] != stamps[1]
+
+
+def test_a_csv_is_text(tmp_path):
+    (tmp_path / "t.csv").write_text("id,text\n007,NA\n1,None\n2,\n")
+    source = Source(str(tmp_path / "t.csv"))
+    assert list(open_source(source, "train")) == ["NA", "None", ""]
+    assert list(open_source(replace(source, template="{id}"), "train")) == ["007", "1", "2"]
+
+
+def test_validation_is_what_its_source_holds_out_else_all_of_it(tmp_path):
+    import datasets
+
+    def saved(**splits):
+        folder = tmp_path / "-".join(splits)
+        datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [text]}) for name, text in splits.items()}).save_to_disk(
+            folder
+        )
+        return Source(str(folder))
+
+    both = saved(train="to train on", validation="to validate with")
+    assert [list(d) for d in split_source(both, both, 0.1)] == [["to train on"], ["to validate with"]]
+    assert list(split_source(both, saved(validation="held out"), 0.1)[1]) == ["held out"]
+    assert list(split_source(both, saved(train="all of it"), 0.1)[1]) == ["all of it"]
+
+
+@pytest.mark.parametrize("settings", [{"template": "Q: {question}"}, {"text_column": "body"}])
+def test_columns_of_what_has_none_are_an_error(tmp_path, settings):
+    (tmp_path / "a.txt").write_text("one. two. three.")
+    for name in (str(tmp_path / "a.txt"), "stdlib"):
+        with pytest.raises(ValueError, match=r"without columns; leave data\.text_column and data\.template away"):
+            split_source(Source(name, **settings), None, 0.1)
+
+
+@pytest.mark.parametrize("name", ["B.JSONL", "b.ndjson"])
+def test_the_kind_of_a_file_is_told_by_its_suffix_in_any_case(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert list(open_source(Source(str(tmp_path / name)), "train")) == ["one", "two"]
+
+
+def test_a_link_that_would_be_passed_over_is_an_error(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "same.txt").symlink_to("a.txt")
+    assert list(open_source(Source(str(tmp_path / "texts")), "train")) == ["a", "a"]
+    (tmp_path / "texts" / "more").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="more is a link to a folder or to nothing"):
+        open_source(Source(str(tmp_path / "texts")), "train")
