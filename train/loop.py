@@ -28,7 +28,7 @@ from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, watch
 from train.run import append, check, claim, last_line, lock
-from train.setup import build_model, build_tokenizer, check_shape, describe, open_data, start_wandb
+from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
 from train.signals import stop_signals
 from train.telemetry import gradient_norms, mamba_statistics
 from train.validation import sample_text, validation_loss
@@ -89,24 +89,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             state = checkpoint.load(start_from, model, optimizer)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
-            if changed := stream.changed(state["identity"], samples):
-                raise ValueError(
-                    f"{start_from} is of a run with other data, so its place there means nothing here:\n"
-                    + "".join(f"  {line}\n" for line in changed)
-                    + "Restore what it was, or start a new run from its model (--model.init_from)."
-                )
-            if config.data.phases and samples != step * config.train.global_batch:
-                raise ValueError(
-                    f"data.phases are counted in steps of one train.global_batch, and the {step} steps so far had another than "
-                    f"{config.train.global_batch}; restore it, or start a new run from its model (--model.init_from)."
-                )
-            if state["validation"] != held_out and not allow_config_change:
-                raise ValueError(
-                    f"{start_from} was validated on other text than there is now, so losses would not compare. Restore it, or "
-                    "pass --allow-config-change."
-                )
-            if step > config.train.steps:
-                raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
+            check_state(start_from, state, config, stream, held_out, allow_config_change)
         stream.seek(samples, cursor)
         everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +49,37 @@ def check_shape(start_from: Path, model: HybridLMForCausalLM) -> None:
             + "".join(f"  {line}\n" for line in lines)
             + "Give the run its settings, or pass --allow-config-change to go on with these."
         )
+
+
+def check_state(
+    start_from: Path, state: dict[str, Any], config: RunConfig, stream: Stream, held_out: list[str], allow_config_change: bool
+) -> None:
+    """
+    Args:
+        state: of the checkpoint. held_out: the sha256 of the validation tokens, by source.
+
+    Raises:
+        ValueError: the run cannot go on from there with this data, these phases or this length.
+    """
+    step, samples = state["step"], state["samples"]
+    if changed := stream.changed(state["identity"], samples):
+        raise ValueError(
+            f"{start_from} is of a run with other data, so its place there means nothing here:\n"
+            + "".join(f"  {line}\n" for line in changed)
+            + "Restore what it was, or start a new run from its model (--model.init_from)."
+        )
+    if config.data.phases and samples != step * config.train.global_batch:
+        raise ValueError(
+            f"data.phases are counted in steps of one train.global_batch, and the {step} steps so far had another than "
+            f"{config.train.global_batch}; restore it, or start a new run from its model (--model.init_from)."
+        )
+    if state["validation"] != held_out and not allow_config_change:
+        raise ValueError(
+            f"{start_from} was validated on other text than there is now, so losses would not compare. Restore it, or pass "
+            "--allow-config-change."
+        )
+    if step > config.train.steps:
+        raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
 
 
 def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: Path | None = None) -> PreTrainedTokenizerBase:
