@@ -76,4 +76,4 @@ def bytes_per_token(documents: Documents, tokenizer: PreTrainedTokenizerFast) ->
         texts = [piece for piece, _ in batch]
         size += sum(len(text.encode()) for text in texts)
         tokens += sum(map(len, tokenize(texts, tokenizer)))
-    return size / tokens
+    return size / max(1, tokens)  # a held-out document may be empty

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from hybridlm.data.sources import Documents
-from hybridlm.tokenizer import END, PAD
+from hybridlm.tokenizer import END, PAD, byte_tokenizer
 from train.__main__ import main
-from train.tokenizer import train_tokenizer
+from train.tokenizer import bytes_per_token, train_tokenizer
 
 TEXTS = [
     " ".join(random.Random(i).choices(["the", "cat", "sät", "1234", "on", "\n    mat", "(x);", "日本"], k=80)) for i in range(20)
@@ -92,3 +92,9 @@ def test_another_process_trains_the_same_tokenizer():
     root = Path(__file__).parents[2]
     outputs = {subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, check=True).stdout for _ in range(2)}
     assert len(outputs) == 1
+
+
+def test_an_empty_held_out_document_is_no_error():
+    tokenizer = byte_tokenizer()
+    assert bytes_per_token(Documents("empty", "", 1, [""].__getitem__), tokenizer) == 0
+    assert bytes_per_token(Documents("three", "", 1, ["abc"].__getitem__), tokenizer) == 1
