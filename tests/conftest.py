@@ -100,7 +100,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("faults")
     for name, found in sorted(values.items()):
         if isinstance(found[0], float):
-            text = f"median {median(found):.2f}, max {max(found):.2f}, n {len(found)}"
+            text = f"median {median(found):.2g}, max {max(found):.2g}, n {len(found)}"
         else:
             text = str(sum(found)) if isinstance(found[0], int) else " ".join(sorted(found))
         terminalreporter.line(f"{name}: {text}")

@@ -164,6 +164,11 @@ def folders(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(number), p) for number, p in found if number.isascii() and number.isdecimal())
 
 
+def is_of(run_dir: Path, folder: Path) -> bool:
+    """Whether a folder is one of the run's own checkpoints, and not one of another place or set aside."""
+    return folder.resolve() in [own.resolve() for _, own in folders(run_dir)]
+
+
 def newest(run_dir: Path) -> Path | None:
     """The newest valid checkpoint, None where there is none at all; says loudly which newer ones it passed over.
 
@@ -188,7 +193,7 @@ def rewind(run_dir: Path, start_from: Path | None) -> None:
 
     Later checkpoints, of a future that is about to be another, and broken ones go to checkpoints/set-aside-<i>/.
     """
-    ours = start_from is not None and start_from.resolve() in [folder.resolve() for _, folder in folders(run_dir)]
+    ours = start_from is not None and is_of(run_dir, start_from)
     # First, so that it never points at what has been set aside.
     if start_from and ours:
         files.link(Path("checkpoints") / start_from.resolve().name / "model", run_dir / "model")

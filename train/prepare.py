@@ -16,13 +16,9 @@ PER_SECOND = (" B/s", " kB/s", " MB/s", " GB/s")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train prepare",
-        description="Tokenise a source into a folder that data.source takes. Cut off, the same command goes on.",
-        allow_abbrev=False,
+    parser = source_parser(
+        "prepare", "Tokenise a source into a folder that data.source takes. Cut off, the same command goes on."
     )
-    add_source(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write")
     parser.add_argument("--tokenizer", metavar="T", default="bytes", help="folder or hub name of a tokenizer (default: bytes)")
     parser.add_argument("--val_source", metavar="S", help="validation; default: the source's own, else --val_fraction of it")
     parser.add_argument("--license", metavar="L", help="noted as the licence; default: what the dataset says of itself")
@@ -58,14 +54,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """The flags of what the commands read."""
+def source_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The flags of a command that makes a folder of a source."""
+    parser = argparse.ArgumentParser(prog=f"python -m train {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write")
     parser.add_argument("--source", metavar="S", required=True, help="as data.source: stdlib, a file, a folder, a hub dataset")
     parser.add_argument("--val_fraction", metavar="F", type=float, default=0.1, help="share held out of it (default: 0.1)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text_column", metavar="C", default="text", help="column of the text (default: text)")
     text.add_argument("--template", metavar="T", help="the text of several columns: '{question} {answer}'")
     parser.add_argument("--revision", metavar="R", help="commit, tag or branch of a hub dataset")
+    return parser
 
 
 def source_of(arguments: argparse.Namespace) -> Source:

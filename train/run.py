@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 LOCK, OWNER = ".lock", "owner.json"
+ORIGIN = "started-from.json"  # of a run that began from a checkpoint of another place
 # What a run that was cut off in its first moment may leave.
-TRACES = {LOCK, OWNER, ".config.yaml.unfinished"}
+TRACES = {LOCK, OWNER, ORIGIN, f".{ORIGIN}.unfinished", ".config.yaml.unfinished"}
 
 
 @contextmanager
@@ -83,7 +84,13 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
                 + "Choose another with --run_dir, or pass --allow-config-change to go on with the new ones."
             )
     if resume in ("auto", "never"):
-        return checkpoint.newest(run_dir)
+        found = checkpoint.newest(run_dir)
+        if found is None and file.exists() and (run_dir / ORIGIN).exists():
+            origin = json.loads((run_dir / ORIGIN).read_text())["checkpoint"]
+            raise ValueError(
+                f"run_dir {run_dir} holds a run that goes on from {origin}, but no checkpoint yet: --resume {origin}"
+            )
+        return found
     if faults := checkpoint.validate(Path(resume)):
         raise ValueError(f"--resume {resume} is no valid checkpoint: {'; '.join(faults)}.")
     return Path(resume)
@@ -102,6 +109,8 @@ def claim(config: RunConfig, start_from: Path | None, step: int, ranks: int) -> 
     files.make_folder(run_dir)
     owner = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     (run_dir / OWNER).write_text(json.dumps(owner) + "\n")
+    if start_from and not checkpoint.is_of(run_dir, start_from):
+        files.replace_text(run_dir / ORIGIN, json.dumps({"checkpoint": str(start_from.absolute()), "step": step}) + "\n")
     if file.exists() and (changed := changes(config)):
         for line in changed:
             logger.warning("changed setting: %s", line)
@@ -149,4 +158,5 @@ def drop_after(file: Path, step: int) -> None:
     if dropped:  # of another future, or of a fault that may not come again
         with file.with_name(f"{file.stem}-before-resume.jsonl").open("a") as out:
             out.write("".join(f"{text}\n" for text in dropped))
+        files.sync(Path(out.name))
     files.replace_text(file, "".join(f"{text}\n" for text in kept))

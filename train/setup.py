@@ -12,7 +12,7 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.blend import Blend
 from hybridlm.data.packing import BestFit
-from hybridlm.data.preparation import prepare, prepare_documents
+from hybridlm.data.preparation import cache_folder, documents_to_shards, prepare
 from hybridlm.data.sampler import Sampler
 from hybridlm.data.shards import Shards
 from hybridlm.data.sources import NoSuchSplit, Source, is_prepared, open_source, open_validation
@@ -171,7 +171,8 @@ def open_streamed(
     except NoSuchSplit:
         raise ValueError(f"data.streaming holds nothing out of {data.source}; set data.val_source.") from None
     cache_dir = Path(data.cache_dir).expanduser()
-    return stream, [prepare_documents(documents, tokenizer, cache_dir, data.bad_documents, quiet=quiet)]
+    folder = cache_folder(documents, tokenizer, cache_dir)
+    return stream, [documents_to_shards(documents, tokenizer, folder, data.bad_documents, quiet=quiet)]
 
 
 def _check_vocabulary(shards: Shards, vocab_size: int) -> None:

@@ -1,8 +1,6 @@
 """python -m train tokenizer --source SOURCE --out DIR --vocab_size N: a byte-level BPE of one's own."""
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -12,7 +10,7 @@ from hybridlm.data.parts import batches, pieces
 from hybridlm.data.shards import tokenize
 from hybridlm.data.sources import Documents, split_source
 from hybridlm.tokenizer import END, PAD, with_specials
-from train.prepare import add_source, source_of
+from train.prepare import source_of, source_parser
 
 SPECIALS = (END, PAD)
 BYTES = 256
@@ -22,13 +20,7 @@ STRETCH = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train tokenizer",
-        description="Train a byte-level BPE tokenizer on the training documents of a source.",
-        allow_abbrev=False,
-    )
-    add_source(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, which AutoTokenizer opens")
+    parser = source_parser("tokenizer", "Train a byte-level BPE on the training documents of a source; AutoTokenizer opens it.")
     parser.add_argument("--vocab_size", metavar="N", type=int, required=True, help="tokens in all: bytes, merges, two specials")
     arguments = parser.parse_args(argv)
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):

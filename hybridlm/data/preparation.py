@@ -51,24 +51,16 @@ def prepare(
         ChildProcessError: a process of the pool died.
     """
     training, validation = (
-        prepare_documents(documents, tokenizer, cache_dir, bad_documents, workers, quiet)
-        for documents in split_source(source, val_source, val_fraction)
+        documents_to_shards(d, tokenizer, cache_folder(d, tokenizer, cache_dir), bad_documents, workers, quiet)
+        for d in split_source(source, val_source, val_fraction)
     )
     return training, validation
 
 
-def prepare_documents(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: Path,
-    bad_documents: str = "stop",
-    workers: int | None = None,
-    quiet: bool = False,
-) -> Shards:
-    """The same for documents that are open already."""
+def cache_folder(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
+    """Where these documents are kept as tokens."""
     check_outside(documents, cache_dir, "data.cache_dir")
-    folder = cache_dir / identity(documents, tokenizer_digest(tokenizer))
-    return documents_to_shards(documents, tokenizer, folder, bad_documents, workers, quiet)
+    return cache_dir / identity(documents, tokenizer_digest(tokenizer))
 
 
 def identity(documents: Documents, digest: str) -> str:

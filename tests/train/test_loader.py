@@ -12,7 +12,7 @@ import torch
 
 from hybridlm.data.blend import Blend
 from hybridlm.data.packing import BestFit
-from hybridlm.data.preparation import prepare_documents
+from hybridlm.data.preparation import documents_to_shards
 from hybridlm.data.sampler import Sampler
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
@@ -26,7 +26,9 @@ def blend(folder, sampler, weights=((1, 2), (2, 1))):
     letters = "".join(map(chr, range(40, 97)))
     sources = [[letters[:20], letters[20:24], letters[24:]], [letters[:39:-1], letters[39:30:-1], letters[30::-1]]]
     shards = [
-        prepare_documents(Documents(f"s{i}", f"s{i}", len(texts), texts.__getitem__), byte_tokenizer(), folder, quiet=True)
+        documents_to_shards(
+            Documents(f"s{i}", f"s{i}", len(texts), texts.__getitem__), byte_tokenizer(), folder / f"s{i}", quiet=True
+        )
         for i, texts in enumerate(sources)
     ]
     return Blend([sampler(s, 5, 1, 258) for s in shards], [list(w) for w in weights], [48])

@@ -45,6 +45,24 @@ def test_a_checkpoint_from_elsewhere_is_the_runs_own_before_its_first_step(make_
     assert [line["step"] for line in rows(second)] == [5, 6, 7, 8]
 
 
+def test_a_run_that_was_to_begin_from_elsewhere_never_begins_anew_without_a_word(make_config, tmp_path, monkeypatch):
+    first, second = make_config(), make_config(run_dir=str(tmp_path / "second"))
+    train(first)
+    start_from = str(Path(first.run_dir) / "checkpoints/step-4")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write", killed)
+        train(second, resume=start_from)
+    assert steps(second) == []
+    with pytest.raises(ValueError, match=rf"goes on from {start_from}, but no checkpoint yet: --resume {start_from}"):
+        train(second)
+    train(second, resume=start_from)
+    assert [line["step"] for line in rows(second)] == [5, 6, 7, 8]
+
+
 def test_a_finished_checkpoint_from_elsewhere_is_taken_over_whole(make_config, tmp_path):
     first, second = make_config(), make_config(run_dir=str(tmp_path / "second"))
     train(first)
