@@ -105,7 +105,6 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             start_wandb(accelerator, config)
         saver = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         saving: Future | None = None
-        held.callback(lambda: setattr(watching, "phase", "saving"))  # what is at work is waited for, however long
         stopping = signals.enter_context(stop_signals())  # only from here on: what came before is not worth a wait
         bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         held.callback(bar.close)

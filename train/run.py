@@ -85,7 +85,7 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
             )
     if resume in ("auto", "never"):
         found = checkpoint.newest(run_dir)
-        if found is None and file.exists() and (run_dir / ORIGIN).exists():
+        if found is None and (run_dir / ORIGIN).exists():
             origin = json.loads((run_dir / ORIGIN).read_text())["checkpoint"]
             raise ValueError(
                 f"run_dir {run_dir} holds a run that goes on from {origin}, but no checkpoint yet: --resume {origin}"

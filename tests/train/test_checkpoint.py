@@ -412,3 +412,9 @@ def test_the_model_link_is_relative_so_that_a_run_can_be_moved(tmp_path, trained
     run.rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "model" / "config.json").is_file()
     assert not Path(tmp_path / "run").exists()
+
+
+def test_only_folders_with_a_step_in_their_name_are_checkpoints(tmp_path):
+    for name in ("step-10", "step-9", "step-²", "step-", "step-1a", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [(step, folder.name) for step, folder in checkpoint.folders(tmp_path)] == [(9, "step-9"), (10, "step-10")]

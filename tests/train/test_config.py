@@ -215,3 +215,10 @@ def test_numbers_that_torch_cannot_take_are_named(key, value):
     (values.setdefault(section[0], {}) if section else values)[name] = value
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         parse(values)
+
+
+def test_beside_a_blend_columns_are_those_of_the_validation_source():
+    data = {"blend": [{"source": "a.jsonl", "weight": 1}], "text_column": "body"}
+    with pytest.raises(ValueError, match=r"data\.text_column: with data\.blend"):
+        parse(TINY | {"data": data})
+    assert parse(TINY | {"data": data | {"val_source": "b.jsonl"}}).data.text_column == "body"

@@ -1,15 +1,18 @@
 """Going on from elsewhere, with other things, or with what a fault has left."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from train import checkpoint
+from train import checkpoint, files, loop
 from train.loop import next_token_loss, train
+from train.run import drop_after
 
 
 def rows(config, name="metrics", key="loss"):
@@ -200,3 +203,47 @@ def test_a_resumed_run_keeps_no_file_of_its_checkpoint_open(make_config):
         config, allow_config_change=True, loss=lambda model, batch: seen.append(maps.read_text()) or next_token_loss(model, batch)
     )
     assert "optimizer.safetensors" not in seen[-1]
+
+
+def test_a_sample_that_was_cut_off_comes_again(make_config, tmp_path, monkeypatch):
+    whole, cut = make_config(), make_config(run_dir=str(tmp_path / "cut"))
+    train(whole)
+    sample_text, calls = loop.sample_text, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample_text(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sample_text", interrupted)
+        train(cut)
+    assert steps(cut) == [4]
+    train(cut)
+    for name, key in (("samples", "text"), ("metrics", "val_loss")):
+        assert rows(cut, name, key) == rows(whole, name, key)
+
+
+def test_a_directory_that_was_only_about_to_begin_from_elsewhere_does_not_begin_anew(make_config):
+    run_dir = Path(make_config().run_dir)
+    run_dir.mkdir()
+    (run_dir / "started-from.json").write_text('{"checkpoint": "/elsewhere/step-4"}')
+    with pytest.raises(ValueError, match="--resume /elsewhere/step-4"):
+        train(make_config())
+
+
+def test_lines_are_on_the_disk_where_they_go_before_they_are_gone_where_they_were(tmp_path, monkeypatch):
+    file, done, perform = tmp_path / "metrics.jsonl", [], files.perform
+    file.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def noting(operation, *arguments):
+        if operation is os.fsync:
+            done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{arguments[0]}")).name))
+        elif operation is os.replace:
+            done.append(("replace", Path(arguments[1]).name))
+        return perform(operation, *arguments)
+
+    monkeypatch.setattr(files, "perform", noting)
+    drop_after(file, 1)
+    assert done.index(("fsync", "metrics-before-resume.jsonl")) < done.index(("replace", "metrics.jsonl"))

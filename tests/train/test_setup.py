@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from hybridlm.data.packing import BestFit
 from hybridlm.data.streaming import Streamed
@@ -73,3 +75,11 @@ def test_a_streamed_source_keeps_a_global_batch_and_needs_its_validation_from_el
     stream, validation = open_data(make_config(**settings, data__val_source=tables[1]), byte_tokenizer(), 258, quiet=True)
     assert isinstance(stream, Streamed) and stream.keep == 4
     assert [shards.meta["source"] for shards in validation] == [tables[1]]
+
+
+def test_a_tokenizer_with_few_tokens_and_large_ids_does_not_fit(make_config, tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 300, "</s>": 1}, "a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "sparse")
+    config = make_config(data__tokenizer=str(tmp_path / "sparse"))
+    with pytest.raises(ValueError, match="token ids up to 300 and the model only vocab_size=258; set vocab_size to at least 301"):
+        build_tokenizer(config, build_model(config))

@@ -203,3 +203,9 @@ def test_a_broken_table_and_what_is_no_table_are_named(tmp_path, monkeypatch):
 
 def test_a_stream_is_counted_by_no_epochs(write):
     assert opened(write()).summary(9) == ["s: streamed"]
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path):
+    for name in ("x1", "x[1]"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"from {name}"}) + "\n")
+    assert [row["text"] for row in open_streaming(str(tmp_path))] == ["from x1", "from x[1]"]
