@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -160,3 +162,17 @@ def test_a_full_disk_ends_the_run_soon_with_a_clear_error_and_keeps_the_older_ch
         assert newest_step(config) == 2
         assert harness.run(config, ranks=ranks) == [0] * ranks
         assert [line["step"] for line in harness.lines_of(harness.run_of(config)) if "loss" in line] == list(range(1, 13))
+
+
+@pytest.mark.faults
+def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_costs_no_checkpoint(lab):
+    """As under `| tee`, which the same Ctrl-C kills."""
+    config = harness.write_config(lab, "tee", steps=100_000, checkpoint_every=100_000)
+    command = [sys.executable, "-m", "train", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while b"step/s, loss" not in process.stdout.read1():
+        assert process.poll() is None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert len(harness.steps_of(harness.run_of(config))) == 1

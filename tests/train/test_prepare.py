@@ -90,3 +90,14 @@ def test_a_run_takes_the_folder_as_its_source(tmp_path, lines, run_main, make_co
     assert tokenizer.name_or_path == str(out / "tokenizer")
     stream, validation = open_data(config, tokenizer, 258, quiet=True)
     assert [stream.samplers[0].shards.folder, *(shards.folder for shards in validation)] == [out / "train", out / "validation"]
+
+
+def test_no_speed_is_told_of_what_was_begun_before(tmp_path, lines, run_main, monkeypatch):
+    arguments = ["prepare", "--source", lines, "--out", tmp_path / "out", "--template", "{q}", "--bad_documents", "skip"]
+    monkeypatch.setattr("hybridlm.data.preparation.SMALLEST_PART", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("hybridlm.data.preparation.finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert run_main(main, *arguments)[0] == 1
+    status, text, _ = run_main(main, *arguments)
+    assert status == 0
+    assert "B/s" not in text

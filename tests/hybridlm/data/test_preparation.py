@@ -369,3 +369,11 @@ def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "write_part", full)
     with pytest.raises(OSError, match=r"No space left on device; what is finished of .* is kept, and the same command goes on"):
         write(["one"], tmp_path)
+
+
+def test_a_folder_named_train_that_holds_other_things_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(preparation, "write", lambda *arguments: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="train is no prepared data; give a new or empty folder"):
+        prepare_folder((documents("one"), documents("two")), TOKENIZER, tmp_path / "out", quiet=True)

@@ -212,3 +212,10 @@ def test_a_byte_of_a_character_counts_as_one(monkeypatch):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     (ids,) = tokenize(["é"], tokenizer)
     assert bytes_after_first("é", ids, tokenizer) == 1
+
+
+def test_the_name_of_the_unknown_in_a_text_is_only_unknown():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "abc": 2}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert tokenize(["abc <unk> xyz"], tokenizer) == [[2, 0, 0]]
