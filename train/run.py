@@ -156,7 +156,7 @@ def drop_after(file: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError):
             logger.warning("%s: dropping a line that was cut off", file)
     if dropped:  # of another future, or of a fault that may not come again
-        with file.with_name(f"{file.stem}-before-resume.jsonl").open("a") as out:
-            out.write("".join(f"{text}\n" for text in dropped))
-        files.sync(Path(out.name))
+        before = file.with_name(f"{file.stem}-before-resume.jsonl")
+        earlier = before.read_text().splitlines() if before.exists() else []
+        files.replace_text(before, "".join(f"{text}\n" for text in [*earlier, *dropped]))
     files.replace_text(file, "".join(f"{text}\n" for text in kept))
