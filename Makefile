@@ -23,7 +23,7 @@ bench: .venv/ready  ## speed and memory beside stock transformers, in about twel
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 tests
 
-faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; and what the care costs; about ten minutes on two cores
+faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; and what the care costs; about eleven minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m faults tests
 
 check: .venv/ready
