@@ -60,6 +60,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class HybridLMPreTrainedModel(PreTrainedModel):
+    config: HybridLMConfig
     config_class = HybridLMConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -255,6 +256,18 @@ class HybridLMModel(HybridLMPreTrainedModel):
             ) from None
 
 
+class Head(Linear):
+    """The language-model head. Its loss is taken in here, so that what gathers sharded weights around a module sees both."""
+
+    def __init__(self, size: int, vocabulary: int, ops: Ops):
+        super().__init__(size, vocabulary, bias=False)
+        self.loss = ops.cross_entropy
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden (b t d) -> logits (b t v), or with `targets` (b t) the nats of every position (b t)."""
+        return super().forward(hidden) if targets is None else self.loss(hidden, self.weight, targets)
+
+
 class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
     """The language model. `backend` picks the operators (`auto`, `eager`, `fused`, `naive`) and is never saved."""
 
@@ -262,14 +275,16 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.ops = build_ops(backend)
         self.backbone = HybridLMModel(config, ops=self.ops)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, self.ops)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, value) -> None:
-        self.lm_head = value
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        with torch.device("meta"):
+            self.lm_head = Head(value.in_features, value.out_features, self.ops)
+        self.lm_head.weight = value.weight
 
     def forward(
         self,
@@ -318,7 +333,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         loss = logits = None
         if targets is not None:
             self.check_targets(targets, hidden)
-            loss = self.ops.cross_entropy(hidden, self.lm_head.weight, targets)
+            loss = self.lm_head(hidden, targets)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if labels is None:

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from hybridlm import HybridLMConfig
+from hybridlm.pattern import SYMBOLS, unknown_symbols
 from hybridlm.strict_yaml import dump_yaml, load_yaml, parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
@@ -126,6 +127,10 @@ class Train:
     """sequences in one forward pass of a rank; default: all of its share of the batch"""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """arithmetic of the matrix products; weights and optimiser stay fp32. bf16 pays on GPUs and on CPUs with bf16 units"""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """fsdp2: parameters, gradients and optimiser state are split over the ranks; none: each rank has all of them"""
+    recompute: str = ""
+    """kinds of layer, as pattern symbols, whose activations are computed again in backward instead of kept, such as M*-"""
     checkpoint_every: Positive = 500
     """steps between checkpoints; the last step always has one"""
     keep_checkpoints: Positive = 2
@@ -205,6 +210,9 @@ def parse(values: dict[str, Any]) -> RunConfig:
     faults += _data_faults(config.data, values.get("data", {}))
     if config.data.blend:
         values = values | {"data": {**values["data"], "source": None}}
+    if unknown := unknown_symbols(config.train.recompute):
+        known = ", ".join(f"{symbol!r} {kind}" for symbol, kind in SYMBOLS.items())
+        faults.append(f"train.recompute: unknown symbol(s) {unknown!r}; known are {known}.")
     if config.train.precision == "fp8":
         faults.append("train.precision: fp8 is not in this version; use bf16 or fp32.")
     if model.init_from is not None:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -30,8 +31,8 @@ from train.ranks import agree, check_equal, everywhere, first_on_main, gather, g
 from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
 from train.signals import stop_signals
-from train.telemetry import gradient_norms, mamba_statistics
-from train.validation import sample_text, validation_loss
+from train.telemetry import gradient_norms, mamba_statistics, over_ranks
+from train.validation import any_rank, sample_text, validation_loss
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -72,7 +73,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
         agree(accelerator, {"checkpoint (is run_dir on a disk that all share?)": start_from and start_from.name})
         set_seed(config.seed)
-        model = build_model(config, start_from)
+        shares = config.train.sharding == "fsdp2" and accelerator.num_processes > 1
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shares else None
+        model = build_model(config, start_from, accelerator.device, mesh)
         tokenizer = build_tokenizer(config, model, start_from)
         opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
         stream, validation = opened
@@ -85,7 +88,6 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         if start_from is not None:
             if not allow_config_change:
                 check_shape(start_from, model)
-            model.to(accelerator.device)
             state = checkpoint.load(start_from, model, optimizer)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
@@ -94,8 +96,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
 
         # 2. The machine.
-        model, optimizer = accelerator.prepare(model, optimizer)
-        bare = accelerator.unwrap_model(model)
+        bare, optimizer = model, accelerator.prepare(optimizer)
+        if mesh is None:
+            model = accelerator.prepare(model)
         sidecars = checkpoint.sidecars(bare, tokenizer) if main else {}
         device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
         peak = peak_flops(device_name, config.train.precision)
@@ -119,7 +122,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             if result is None:
                 return
             text = None
-            if config.log.sample_tokens:  # the others wait for the main process, however long it takes
+            if config.log.sample_tokens and mesh is not None:  # those who share a model write together
+                text = sample_text(bare, tokenizer, config, lambda: any_rank(accelerator, stopping()))
+            elif config.log.sample_tokens:  # the others wait for the main process, however long it takes
                 text = everywhere(accelerator, lambda: sample_text(bare, tokenizer, config, stopping) if main else None)
             if main and not (text is not None and stopping()):  # a sample that was cut off: both come again
                 log({"step": step, "tokens": tokens, **result})
@@ -205,7 +210,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             with watched as inside:
                 own = backward(model, batch, targets)
             nats = accelerator.reduce(own).item()
-            norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norm = over_ranks(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
             grad_norm = norm.item()
             finite = math.isfinite(nats) and math.isfinite(grad_norm)
             if targets == 0:

@@ -120,6 +120,8 @@ def check_equal(accelerator: Accelerator, model: nn.Module, step: int) -> None:
         return
     named = chain(model.named_parameters(), model.named_buffers())
     tensors = {name: tensor for name, tensor in named if not isinstance(tensor, DTensor)}
+    if not tensors:
+        return
     table = accelerator.gather(torch.stack([digest(tensor) for tensor in tensors.values()])[None]).cpu()
     usual = table.mode(dim=0).values
     majority = bool(((table == usual).sum(0) * 2 > len(table)).all())

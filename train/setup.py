@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
@@ -20,20 +21,48 @@ from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
+from train import sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
 
 logger = logging.getLogger(__name__)
 
+# What matrix products are taken in; fp8 narrows the inputs of some further.
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
-def build_model(config: RunConfig, start_from: Path | None = None) -> HybridLMForCausalLM:
-    """The model of the run. One that was initialised from other weights is read from its own checkpoint once it has one."""
-    if config.model.init_from is not None:
-        folder = start_from / "model" if start_from else config.model.init_from
-        model = HybridLMForCausalLM.from_pretrained(folder, backend=config.ops.backend, dtype=torch.float32)
-        return model.train()
-    assert isinstance(config.model.config, dict)
-    return HybridLMForCausalLM(HybridLMConfig.from_strict_dict(config.model.config), backend=config.ops.backend).train()
+
+def build_model(
+    config: RunConfig, start_from: Path | None = None, device: torch.device | str = "cpu", mesh: DeviceMesh | None = None
+) -> HybridLMForCausalLM:
+    """The model of the run, in fp32 and training mode, with its first weights or those of `model.init_from`; where a checkpoint,
+    `start_from`, is going to fill them, with anything.
+
+    Args:
+        mesh: the ranks that share it (train.sharding); None: it is whole.
+    """
+    begun, source = config.model.init_from, None
+    if begun is None:
+        assert isinstance(config.model.config, dict)
+        shape = HybridLMConfig.from_strict_dict(config.model.config)
+    elif start_from is None:
+        source = HybridLMForCausalLM.from_pretrained(begun, dtype=torch.float32)
+        shape = source.config
+    else:  # the run's own: what it began from may be gone
+        shape = HybridLMConfig.from_pretrained(start_from / "model")
+    with torch.device("meta"):
+        model = HybridLMForCausalLM(shape, backend=config.ops.backend).train()
+    sharding.recompute(model, config.train.recompute)
+    if mesh is not None:
+        sharding.shard(model, mesh, COMPUTE[config.train.precision])
+    model.to_empty(device=device)
+    if source is not None:
+        sharding.copy_weights(source, model)
+        model.generation_config = source.generation_config
+    elif start_from is None:
+        sharding.initialise(model, config.seed)
+    elif begun is not None:
+        model.generation_config = GenerationConfig.from_pretrained(start_from / "model")
+    return model
 
 
 def check_shape(start_from: Path, model: HybridLMForCausalLM) -> None:

@@ -18,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import softplus
 from torch.nn.utils import get_total_norm
 
@@ -52,8 +53,13 @@ def gradient_norms(model: HybridLMForCausalLM) -> dict[str, float]:
     """The norm of the gradient by kind; their squares add up to that of the whole. A kind without any gradient is left out."""
     gradients = {kind: [p.grad for p in parameters if p.grad is not None] for kind, parameters in kinds(model).items()}
     norms = {kind: get_total_norm(tensors) for kind, tensors in gradients.items() if tensors}
-    values = torch.stack([*norms.values()]).tolist() if norms else []  # the one wait for the device
+    values = torch.stack([over_ranks(norm) for norm in norms.values()]).tolist() if norms else []  # the one wait for the device
     return dict(zip(norms, values, strict=True))
+
+
+def over_ranks(norm: Tensor) -> Tensor:
+    """A norm of sharded tensors, each rank's part of it made the whole; all ranks must call it."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @contextmanager
@@ -76,25 +82,26 @@ def mamba_statistics(model: HybridLMForCausalLM, window: int) -> Iterator[dict[s
         for hook in hooks:
             hook.remove()
     if any(passes.values()):
-        statistics |= _summary(mambas, passes, window)
+        statistics |= _summary(passes, window)
 
 
 @torch.no_grad()
 def _note(mamba: Mamba2, passes: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...], projected: Tensor) -> None:
-    """Keeps (4 h), fp32: mean, least and greatest dt and the mean decay of each head. dt itself (b t h) is not kept."""
+    """Keeps (5 h), fp32: mean, least and greatest dt and the mean decay of each head, and |A|, which a sharded layer has only
+    while it runs. dt itself (b t h) is not kept."""
     dt = softplus(projected.split(mamba.projected, dim=-1)[2] + mamba.dt_bias)
     if mamba.limit is not None:
         dt = dt.clamp(*mamba.limit)
     dt = dt.flatten(0, 1)
-    decay = torch.exp(-dt * mamba.A_log.exp())
-    passes.append(torch.stack([dt.mean(0), dt.amin(0), dt.amax(0), decay.mean(0)]))
+    rate = mamba.A_log.exp()
+    passes.append(torch.stack([dt.mean(0), dt.amin(0), dt.amax(0), torch.exp(-dt * rate).mean(0), rate]))
 
 
 @torch.no_grad()
-def _summary(mambas: dict[int, Mamba2], passes: dict[int, list[Tensor]], window: int) -> dict[str, float]:
-    each = torch.stack([torch.stack(passes[i]) for i in mambas])  # (layers passes 4 heads)
+def _summary(passes: dict[int, list[Tensor]], window: int) -> dict[str, float]:
+    each = torch.stack([torch.stack(layer) for layer in passes.values()])  # (layers passes 5 heads)
     dt, decay = each[:, :, 0].mean(1), each[:, :, 3].mean(1)
-    rate = dt * torch.stack([mamba.A_log.exp() for mamba in mambas.values()])
+    rate = dt * each[:, 0, 4]
     memory = 1 / rate.clamp(min=torch.finfo(rate.dtype).tiny)  # a step that softplus has rounded to 0 is never forgotten
     p5, p95 = torch.quantile(memory.flatten(), torch.tensor([0.05, 0.95], dtype=memory.dtype, device=memory.device))
     figures = {
@@ -102,6 +109,6 @@ def _summary(mambas: dict[int, Mamba2], passes: dict[int, list[Tensor]], window:
         "memory/p5": p5, "memory/median": memory.quantile(0.5), "memory/p95": p95,
         "memory/beyond_window": (memory > window).to(memory.dtype).mean(),
     }  # fmt: skip
-    figures |= {f"dt_mean/layer_{i}": mean for i, mean in zip(mambas, dt.mean(1), strict=True)}
-    figures |= {f"memory_median/layer_{i}": median for i, median in zip(mambas, memory.quantile(0.5, dim=1), strict=True)}
+    figures |= {f"dt_mean/layer_{i}": mean for i, mean in zip(passes, dt.mean(1), strict=True)}
+    figures |= {f"memory_median/layer_{i}": median for i, median in zip(passes, memory.quantile(0.5, dim=1), strict=True)}
     return dict(zip(figures, torch.stack([*figures.values()]).tolist(), strict=True))

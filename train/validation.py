@@ -40,27 +40,28 @@ def validation_loss(
     if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
         wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
     mine = wanted[accelerator.process_index :: accelerator.num_processes]
-
-    # Nats and predicted tokens of each source, and in the last row whether this rank was stopped.
-    sums = np.zeros((len(sources) + 1, 2))
-    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
     batch_size = max(1, 8192 // size)
-    for first in range(0, len(mine), batch_size):
-        if stopping():
-            sums[-1] = 1
-            break
-        numbers = mine[first : first + batch_size]
+    # The same number of passes on every rank, since those who share a model make them together: the last may be of no account.
+    passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)
+
+    sums = np.zeros((len(sources), 2))  # nats and predicted tokens of each source
+    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
+    for i in range(passes):
+        if any_rank(accelerator, stopping()):
+            bar.close()
+            return None
+        numbers = mine[i * batch_size : (i + 1) * batch_size]
+        counts = len(numbers) > 0
+        numbers = numbers if counts else wanted[:1]
         source = np.searchsorted(upto, numbers, side="right")
         windows = [every[s][n - upto[s]] for s, n in zip(source, numbers, strict=True)]  # counted from the source's end
         ids = [sources[s].read(np.arange(*window)) for s, window in zip(source, windows, strict=True)]
         with accelerator.autocast():
             result = score(model, ids, size, bytes=0, batch_size=batch_size)
-        np.add.at(sums, source, np.stack([result.nats, result.tokens], axis=-1))
-        bar.update(len(numbers))
+        np.add.at(sums, source, counts * np.stack([result.nats, result.tokens], axis=-1))
+        bar.update(counts * len(numbers))
     bar.close()
     sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
-    if sums[-1].any():
-        return None
     nats, tokens = sums.sum(0).tolist()
     predicted = sum(len(shards) - 2 * len(shards.documents) for shards in sources)
     bits_per_byte = nats / tokens / math.log(2) * predicted / sum(shards.meta["bytes"] for shards in sources)
@@ -71,6 +72,11 @@ def validation_loss(
             shards.meta["source"]: nats / tokens if tokens else None for shards, (nats, tokens) in parts
         }
     return line
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is so on one rank; all must ask."""
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
 
 
 def _windows(shards: Shards, size: int) -> np.ndarray:

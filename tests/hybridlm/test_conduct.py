@@ -345,7 +345,7 @@ def test_other_embeddings_and_another_head_are_used(model_class, build, draw_ids
     head = torch.nn.Linear(32, 61, bias=False)
     head.weight.copy_(model.lm_head.weight * 2)
     model.set_output_embeddings(head)
-    assert model.get_output_embeddings() is head and torch.equal(model(ids).logits, after * 2)
+    assert model.get_output_embeddings().weight is head.weight and torch.equal(model(ids).logits, after * 2)
 
 
 def test_embeddings_and_head_are_never_tied(tiny_model):
