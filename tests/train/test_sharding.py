@@ -113,8 +113,8 @@ def test_loss_and_every_gradient_are_bitwise_those_of_the_whole_model(run_ranks,
         for name, module in shared.named_modules():
             own = dict(module.named_parameters(name, recurse=False))
             names = {name: name.rsplit(".", 1)[-1] for name in own}
-            module.register_forward_hook(
-                lambda m, *_, names=names: seen.update({name: getattr(m, key).dtype for name, key in names.items()})
+            module.register_forward_pre_hook(
+                lambda m, _, names=names: seen.update({name: getattr(m, key).dtype for name, key in names.items()})
             )
         assert torch.equal(run(one), run(shared))
         narrow = [name for name, dtype in seen.items() if dtype != torch.float32]
