@@ -1,6 +1,5 @@
 """python -m train --config FILE [--section.field V …] [--resume auto|never|PATH], and the jobs of COMMANDS"""
 
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -11,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from hybridlm.allocator import keep_freed_memory
 from train import prepare, status, tokenizer
 from train.config import dump, parse_command_line
+from train.logs import to_terminal
 from train.loop import train
 from train.ranks import RanksError
 
@@ -19,7 +19,7 @@ COMMANDS = {"prepare": prepare.main, "status": status.main, "tokenizer": tokeniz
 
 def main(argv: list[str]) -> int:
     """0: done, or stopped by a signal after saving; 2: bad input; 1: failure."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    to_terminal(int(os.environ.get("RANK", "0")))
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of its machine fail for the same reason; once is enough
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

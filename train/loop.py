@@ -1,6 +1,8 @@
 """The training loop, from top to bottom."""
 
+import logging
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.strict_yaml import parse_yaml
-from train import checkpoint, files
+from train import checkpoint, files, launch, logs
 from train.card import model_card
 from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
@@ -31,8 +33,10 @@ from train.ranks import agree, check_equal, everywhere, first_on_main, gather, g
 from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
 from train.signals import stop_signals
-from train.telemetry import gradient_norms, mamba_statistics, over_ranks
+from train.telemetry import gradient_norms, mamba_statistics, over_ranks, rank_figures
 from train.validation import any_rank, sample_text, validation_loss
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -51,6 +55,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         OSError: a checkpoint or a line of metrics that could not be written; older checkpoints are as they were.
         RanksError: the ranks cannot go on together. (Where one ended or hangs, the others say so and exit.)
     """
+    asked = launch.take(os.environ)
     accelerator = Accelerator(
         # Without it, CPU processes under torchrun would not find each other. Other accelerators lack the float64 of SSD's decay.
         cpu=not torch.cuda.is_available(),
@@ -61,13 +66,14 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     main = accelerator.is_main_process
     run_dir, metrics = Path(config.run_dir), Path(config.run_dir) / "metrics.jsonl"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    agree(accelerator, {"settings": parse_yaml(dump(config)), "resume": resume, **versions})
+    agree(accelerator, {"settings": parse_yaml(dump(config)), "launcher": asked, "resume": resume, **versions})
+    launch.check(config, asked)
     rows = micro_batches(
         config.train.global_batch, config.train.micro_batch, accelerator.process_index, accelerator.num_processes
     )
 
-    # Signals are let go last: a launcher sends SIGTERM while `watch` finds out which rank ended.
-    with ExitStack() as signals, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
+    # Signals and the log are let go last: a launcher sends SIGTERM while `watch` finds out which rank ended.
+    with ExitStack() as outer, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
         # 1. Where to go on from; model, tokenizer and data.
         everywhere(accelerator, lambda: main and held.enter_context(lock(run_dir)))
         start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
@@ -94,6 +100,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             check_state(start_from, state, config, stream, held_out, allow_config_change)
         stream.seek(samples, cursor)
         everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
+        outer.enter_context(logs.to_file(run_dir / "logs" / f"rank-{accelerator.process_index}.log"))
+        logger.info(
+            "rank %d of %d on %s, from step %d", accelerator.process_index, accelerator.num_processes, platform.node(), step
+        )
 
         # 2. The machine.
         bare, optimizer = model, accelerator.prepare(optimizer)
@@ -104,11 +114,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         peak = peak_flops(device_name, config.train.precision)
         step_flops = training_flops(bare.config, config.data.seq_len)
         if main:
-            describe(config, bare, stream, validation, accelerator, step)
+            describe(config, bare, stream, validation, accelerator, watching.machines, step)
             start_wandb(accelerator, config)
         saver = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         saving: Future | None = None
-        stopping = signals.enter_context(stop_signals())  # only from here on: what came before is not worth a wait
+        stopping = outer.enter_context(stop_signals())  # only from here on: what came before is not worth a wait
         bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         held.callback(bar.close)
 
@@ -189,10 +199,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         if last is None or (last["step"] < step and validation_due(config, step)):
             validate()
         left = batches(stream, rows, samples, config.train.global_batch, config.train.steps - step, config.data.workers)
-        saved, logged_tokens, clock = step, tokens, time.perf_counter()
+        saved, logged_step, waited, clock = step, step, 0.0, time.perf_counter()
         while step < config.train.steps:
             watching.step, watching.phase = step + 1, "training"
-            batch = [{name: tensor.to(accelerator.device) for name, tensor in part.items()} for part in next(left)]
+            asking = time.perf_counter()
+            parts = next(left)
+            waited += time.perf_counter() - asking
+            batch = [{name: tensor.to(accelerator.device) for name, tensor in part.items()} for part in parts]
             counted = sum(int((part["targets"] != IGNORE).sum()) for part in batch)
             failed = saving is not None and saving.done() and saving.exception() is not None
             # One message for all three: every rank stops before the same step.
@@ -245,17 +258,21 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             bar.update()
             if logged:
                 now = time.perf_counter()
-                speed = (tokens - logged_tokens) / (now - clock)
+                speed = (step - logged_step) * config.train.global_batch * config.data.seq_len / (now - clock)
+                memory = memory_bytes(accelerator.device)
                 line = {
                     "step": step, "tokens": tokens, "loss": nats if finite else None, "lr": rate(step),
                     "grad_norm": grad_norm if finite else None, "tokens_per_second": speed,
+                    "tokens_per_second_per_rank": speed / accelerator.num_processes,
                     "mfu": speed * step_flops / (peak * accelerator.num_processes) if peak else None,
-                    "memory_bytes": memory_bytes(accelerator.device), **(inside if finite else {}),
+                    "memory_bytes": memory, **(inside if finite else {}),
+                    **rank_figures(accelerator, memory, waited / (step - logged_step)),
                 }  # fmt: skip
+                logger.info("step %d: loss %.4f, %.0f tokens/s, %d bytes here", step, nats, speed, memory)
                 if main:
                     log(line)
                     bar.set_postfix_str(f"loss {nats:.3f}, {speed:,.0f} tokens/s")
-                logged_tokens, clock = tokens, now
+                logged_step, waited, clock = step, 0.0, now
             paused = time.perf_counter()
             if validation_due(config, step):
                 validate()

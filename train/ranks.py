@@ -4,6 +4,7 @@ A rank is one process of a run. What ranks tell each other is JSON and numbers, 
 """
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -24,6 +25,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from train.config import differences
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BEAT = 0.5  # seconds between two signs of life
@@ -168,6 +171,7 @@ class Watch:
         me = psutil.Process()
         # With the time at which the process began: a file from before a restart may have the same host and pid.
         self.who = gather(accelerator, {"host": platform.node(), "pid": me.pid, "started": me.create_time()})
+        self.machines = len({who["host"] for who in self.who})
         self.near = {rank: process for rank in range(self.ranks) if (process := self._process(rank))}
         self.main = threading.get_ident()
         self.leaving = False  # the main thread knows of an end: the thread shows signs of life and says nothing
@@ -300,6 +304,7 @@ class Watch:
         """Says why and ends the process here: the main thread may be in a collective that never returns, and to take down torch
         takes seconds in which the launcher's SIGTERM comes. What was `raised` here is said too, should it be another fault."""
         print(f"error: {message}" + (f"\n(raised here: {raised})" if raised else ""), file=sys.stderr, flush=True)
+        logger.info("ended: %s", message)
         self.last_words(f"followed: {message}")
         os._exit(1)
 

@@ -1,6 +1,7 @@
 """What a run starts from: its model, tokenizer, data and logger."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
-from train import sharding
+from train import launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
 
@@ -218,8 +219,10 @@ def describe(
     stream: Stream,
     validation: list[Shards],
     accelerator: Accelerator,
+    machines: int,
     step: int,
 ) -> None:
+    """Prints what is about to run; every setting is in RUN/config.yaml."""
     batch = config.train.global_batch * config.data.seq_len
     samples = config.train.steps * config.train.global_batch
     print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.hybrid_override_pattern}")
@@ -227,10 +230,17 @@ def describe(
         print(f"data        {line}")
     print(f"validation  {sum(map(len, validation)):,} tokens")
     print(f"training    {config.train.steps:,} steps of {batch:,} tokens")
-    print(f"machine     {accelerator.num_processes} process(es) on {accelerator.device}, {config.train.precision}")
+    ranks, device = accelerator.num_processes, accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"machine     {ranks} process(es) on {machines} machine(s), {name}, {config.train.precision}")
+    shares = sharding.mesh_of(model) is not None
+    held = f"each rank has 1/{ranks} of weights, gradients and optimiser state" if shares else "each rank has the whole model"
+    again = config.train.recompute
+    print(f"sharding    {held}; computed again in backward: {again or 'nothing'}")
+    print(f"launcher    {launch.told(os.environ)}; timeout {config.train.timeout:g} s")
     print(f"operators   {', '.join(f'{op} {name}' for op, name in model.ops.backends.items())}")
     print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)
-    if config.train.precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
+    if config.train.precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
         logger.warning("this CPU has no bf16 units: train.precision=bf16 rounds as bf16 does and is no faster than fp32 here.")
 
 

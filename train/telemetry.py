@@ -1,4 +1,5 @@
-"""What the inside of a model looks like while it trains: gradient norms by kind of layer, and how far its Mamba layers remember.
+"""What the inside of a model looks like while it trains: gradient norms by kind of layer, how far its Mamba layers remember, and
+what sets its ranks apart.
 
 The figures are flat numbers, ready for a line of metrics.jsonl and for trackers:
 
@@ -8,8 +9,10 @@ The figures are flat numbers, ready for a line of metrics.jsonl and for trackers
     memory/p5, /median, /p95           tokens after which a head's state has shrunk to 1/e, over all heads
     memory/beyond_window               share of the heads that remember further than a training window reaches
     dt_mean/layer_<i>, memory_median/layer_<i>    the same of layer i of the pattern
+    ranks/…                            memory, wait for data and speed of the ranks (`rank_figures`)
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from functools import partial
 from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import softplus
@@ -83,6 +87,40 @@ def mamba_statistics(model: HybridLMForCausalLM, window: int) -> Iterator[dict[s
             hook.remove()
     if any(passes.values()):
         statistics |= _summary(passes, window)
+
+
+def rank_figures(accelerator: Accelerator, memory: int, waited: float) -> dict[str, float]:
+    """What sets the ranks apart; {} for one alone.
+
+    All ranks take part, and take a step in the same time, since they wait for each other. So each is timed at the same small
+    product, which waits for none: a device that is throttled or shared takes longer.
+
+    Args:
+        memory: bytes of this rank. waited: seconds a step that it waited for its data.
+
+    Returns:
+        `ranks/memory_least`, `ranks/memory_most` (bytes), `ranks/data_wait` (seconds a step, the longest), `ranks/spread` (the
+        time of the slowest for the product, over the median of all) and `ranks/slowest` (which it is).
+    """
+    if accelerator.num_processes == 1:
+        return {}
+    own = torch.tensor([memory, waited, probe(accelerator.device)], dtype=torch.float64, device=accelerator.device)
+    every, waits, seconds = accelerator.gather(own[None]).cpu().T
+    return {
+        "ranks/memory_least": every.min().item(), "ranks/memory_most": every.max().item(), "ranks/data_wait": waits.max().item(),
+        "ranks/spread": (seconds.max() / seconds.quantile(0.5)).item(), "ranks/slowest": int(seconds.argmax()),
+    }  # fmt: skip
+
+
+def probe(device: torch.device) -> float:
+    """Seconds of a product of square matrices that takes any device about a millisecond, the least of five."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    square, seconds = torch.ones(size, size, dtype=dtype, device=device), []
+    for _ in range(5):
+        began = time.perf_counter()
+        (square @ square)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 @torch.no_grad()

@@ -1,0 +1,70 @@
+"""What the launcher asks for, held against the run's configuration, which decides.
+
+`accelerate launch` hands its settings on in environment variables. Those that would change a run behind its configuration are an
+error.
+"""
+
+from collections.abc import Mapping, MutableMapping
+
+from train.config import RunConfig
+
+# Variable -> what is meant by it where it is not as here; lower case.
+NEUTRAL = {
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism_config"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "a dynamo_backend"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "gradient_accumulation_steps (set train.micro_batch)"),
+}
+SHARDED = "ACCELERATE_USE_FSDP"
+READ = (
+    *NEUTRAL,
+    *(SHARDED, "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"),
+)
+
+
+def take(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """What the launcher asks for, in lower case. Afterwards the environment no longer asks Accelerate to shard the model: that is
+    done here (train/sharding.py), with a policy of our own."""
+    asked = {name: environment[name].lower() for name in READ if name in environment}
+    environment.pop(SHARDED, None)
+    return asked
+
+
+def check(config: RunConfig, asked: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ValueError: launcher and configuration disagree; all points in one message.
+    """
+    train, faults = config.train, []
+    precision = asked.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" is also what it says where nobody chose
+    if precision not in ("no", train.precision):
+        faults.append(f"mixed_precision is {precision} and train.precision {train.precision}")
+    for name, (neutral, words) in NEUTRAL.items():
+        if asked.get(name, neutral) != neutral:
+            faults.append(f"it asks for {words}, which this program does not use")
+    if asked.get(SHARDED) == "true":
+        if asked.get("FSDP_VERSION") != "2":
+            faults.append(f"fsdp_version is {asked.get('FSDP_VERSION', '1')}; this program has FSDP2 alone: fsdp_version: 2")
+        if train.sharding != "fsdp2":
+            faults.append(f"it asks for FSDP, and train.sharding is {train.sharding}")
+        if asked.get("FSDP_OFFLOAD_PARAMS") == "true":
+            faults.append("it asks for fsdp_offload_params, which this program does not do")
+        if asked.get("FSDP_ACTIVATION_CHECKPOINTING") == "true" and not train.recompute:
+            faults.append("it asks for fsdp_activation_checkpointing, and train.recompute names no kind of layer")
+    if faults:
+        raise ValueError(
+            "the launcher and the run's configuration disagree:\n"
+            + "".join(f"  {fault}\n" for fault in faults)
+            + "Change the launcher's file (configs/accelerate/ has ones that agree) or the setting of the run."
+        )
+
+
+def told(environment: Mapping[str, str]) -> str:
+    """Who started this process, in words."""
+    starters = {"ACCELERATE_MIXED_PRECISION": "accelerate launch", "TORCHELASTIC_RUN_ID": "torchrun"}
+    by = next((words for variable, words in starters.items() if variable in environment), "python")
+    if "TORCHELASTIC_RESTART_COUNT" not in environment:
+        return by
+    restart, most = (environment[f"TORCHELASTIC_{name}"] for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return f"{by}, restart {restart} of at most {most}"
