@@ -5,6 +5,12 @@ error.
 """
 
 from collections.abc import Mapping, MutableMapping
+from datetime import timedelta
+from time import monotonic, sleep
+from uuid import uuid4
+
+import torch
+from torch import distributed
 
 from train.config import RunConfig
 
@@ -58,6 +64,54 @@ def check(config: RunConfig, asked: Mapping[str, str]) -> None:
             + "".join(f"  {fault}\n" for fault in faults)
             + "Change the launcher's file (configs/accelerate/ has ones that agree) or the setting of the run."
         )
+
+
+def join(environment: Mapping[str, str], timeout: timedelta) -> None:
+    """Joins the process group of a launch by torchrun, before Accelerate would.
+
+    torchrun keeps one store for a start and its restarts (torch 2.13). What ranks of an earlier start have left there is taken for
+    addresses of this one: they cannot connect, or wait for each other. So the ranks of this start first agree on a part of the
+    store of their own. The number of the restart does not tell starts apart: an agent that was itself replaced counts anew.
+    """
+    ranks = int(environment.get("WORLD_SIZE", "1"))
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or ranks == 1:
+        return
+    rank, address = int(environment["RANK"]), (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    store = distributed.TCPStore(*address, ranks, is_master=False, timeout=timeout)
+    start = distributed.PrefixStore(meet(store, rank, ranks, timeout), store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=start, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def meet(store: distributed.Store, rank: int, ranks: int, timeout: timedelta) -> str:
+    """A name that all ranks of this start get and no other start has, whatever earlier ones have left in the store.
+
+    Each rank leaves a word of its own; rank 0 answers it with the name, and once more where the word was an earlier start's.
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+    own = uuid4().hex
+    if rank:
+        store.set(f"word/{rank}", own)
+        try:
+            store.wait([f"answer/{own}"], timeout)
+        except distributed.DistStoreError:
+            raise TimeoutError(f"rank 0 did not answer rank {rank} within {timeout.total_seconds():g} s.") from None
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return name
+    missing, until = set(range(1, ranks)), monotonic() + timeout.total_seconds()
+    while missing:
+        for other in list(missing):
+            if store.check([f"{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"word/{other}"]):
+                store.set(f"answer/{store.get(f'word/{other}').decode()}", own)
+        if monotonic() > until:
+            raise TimeoutError(f"rank(s) {sorted(missing)} of {ranks} did not come within {timeout.total_seconds():g} s.")
+        sleep(0.05)
+    return own
 
 
 def told(environment: Mapping[str, str]) -> str:

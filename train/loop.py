@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -56,12 +56,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         RanksError: the ranks cannot go on together. (Where one ended or hangs, the others say so and exit.)
     """
     asked = launch.take(os.environ)
+    launch.join(os.environ, group_timeout(config.train.timeout))
     accelerator = Accelerator(
         # Without it, CPU processes under torchrun would not find each other. Other accelerators lack the float64 of SSD's decay.
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
         log_with="wandb" if config.log.wandb else None,
-        kwargs_handlers=[group_timeout(config.train.timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(config.train.timeout))],
     )
     main = accelerator.is_main_process
     run_dir, metrics = Path(config.run_dir), Path(config.run_dir) / "metrics.jsonl"

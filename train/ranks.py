@@ -20,7 +20,6 @@ from typing import Any, NoReturn, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
@@ -42,9 +41,9 @@ class RanksError(RuntimeError):
     """The ranks of a run cannot go on together; raised on all of them."""
 
 
-def group_timeout(seconds: float) -> InitProcessGroupKwargs:
-    """For `Accelerator(kwargs_handlers=[…])`: collectives wait longer than `watch`, which can say whom they waited for."""
-    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds + 30.5))  # Accelerate drops its own default, 600
+def group_timeout(seconds: float) -> timedelta:
+    """Of the collectives of gloo and NCCL: longer than `watch` waits, which can say for whom."""
+    return timedelta(seconds=seconds + 30.5)  # Accelerate drops its own default, 600
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from train import ranks
@@ -21,7 +22,7 @@ STEPS = 40
 
 
 def accelerate(timeout=20):
-    return Accelerator(cpu=True, kwargs_handlers=[group_timeout(timeout)])
+    return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(timeout))])
 
 
 @pytest.fixture
