@@ -69,7 +69,7 @@ def check(config: RunConfig, asked: Mapping[str, str]) -> None:
 def join(environment: Mapping[str, str], timeout: timedelta) -> None:
     """Joins the process group of a launch by torchrun, before Accelerate would.
 
-    torchrun keeps one store for a start and its restarts (torch 2.13). What ranks of an earlier start have left there is taken for
+    torchrun keeps one store for a start and its restarts (torch 2.13). What ranks of an earlier start left there is taken for
     addresses of this one: they cannot connect, or wait for each other. So the ranks of this start first agree on a part of the
     store of their own. The number of the restart does not tell starts apart: an agent that was itself replaced counts anew.
     """

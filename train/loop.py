@@ -260,7 +260,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             if logged:
                 now = time.perf_counter()
                 speed = (step - logged_step) * config.train.global_batch * config.data.seq_len / (now - clock)
-                memory = memory_bytes(accelerator.device)
+                watching.memory = memory = memory_bytes(accelerator.device)
                 line = {
                     "step": step, "tokens": tokens, "loss": nats if finite else None, "lr": rate(step),
                     "grad_norm": grad_norm if finite else None, "tokens_per_second": speed,

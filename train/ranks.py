@@ -160,11 +160,11 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 class Watch:
-    """What this rank shows of itself and sees of the others. The loop sets `step`, the one at hand, and `phase`; a thread does
-    the rest. Only in the phase "training" must steps follow each other within the timeout."""
+    """What this rank shows of itself and sees of the others. The loop sets `step`, the one at hand, `phase` and `memory`
+    (bytes); a thread does the rest. Only in the phase "training" must steps follow each other within the timeout."""
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, timeout: float):
-        self.step, self.phase = 0, "starting"
+        self.step, self.phase, self.memory = 0, "starting", 0
         self.rank, self.ranks, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
         self.run_dir, self.folder = run_dir, run_dir / "ranks"
         me = psutil.Process()
@@ -194,7 +194,7 @@ class Watch:
         self.folder.mkdir(exist_ok=True)
         frame = sys._current_frames()[self.main]
         where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-        place = {"step": self.step, "phase": self.phase, "where": where}
+        place = {"step": self.step, "phase": self.phase, "where": where, "memory_bytes": self.memory}
         unfinished = self.folder / f".rank-{self.rank}.json"
         unfinished.write_text(json.dumps({"rank": self.rank, **self.who[self.rank], **place, "time": time(), "state": state}))
         unfinished.replace(self.folder / f"rank-{self.rank}.json")

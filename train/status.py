@@ -270,7 +270,7 @@ def _disk(c: dict[str, Any]) -> str:
 
 
 def _rank_table(c: dict[str, Any]) -> str:
-    rows = [("rank", "host", "state", "step", "last sign", "")]
+    rows = [("rank", "host", "state", "step", "memory", "last sign", "")]
     for one in c["ranks"]:
         silent, behind = one["silent_seconds"], one["steps_behind"]
         is_silent = c["state"] == "running" and one.get("state") == "running" and silent is not None and silent > SILENT
@@ -282,11 +282,12 @@ def _rank_table(c: dict[str, Any]) -> str:
                 str(one.get("host"))[:16],
                 str(one.get("state"))[:30],
                 f"{one['step']:,}",
+                scaled(one["memory_bytes"], BYTES) if _is_count(one.get("memory_bytes")) else "?",
                 sign,
                 ", ".join(remarks),
             )
         )
-    return table(rows, "><<>><")
+    return table(rows, "><<>>><")
 
 
 def _duration(seconds: float) -> str:

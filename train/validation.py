@@ -16,6 +16,8 @@ from hybridlm.data.shards import Shards
 from hybridlm.scoring import score
 from train.config import RunConfig
 
+BATCH_TOKENS = 8192  # of one pass
+
 
 def validation_loss(
     accelerator: Accelerator,
@@ -40,7 +42,7 @@ def validation_loss(
     if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
         wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
     mine = wanted[accelerator.process_index :: accelerator.num_processes]
-    batch_size = max(1, 8192 // size)
+    batch_size = max(1, BATCH_TOKENS // size)
     # The same number of passes on every rank, since those who share a model make them together: the last may be of no account.
     passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)
 

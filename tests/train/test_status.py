@@ -251,11 +251,12 @@ def test_ranks_that_lag_or_are_silent_are_marked(run):
     (run / "ranks").mkdir()
     for rank, (step, silent, state) in enumerate([(8, 0, "running"), (5, 90, "running"), (8, 90, "failed: no memory")]):
         told = {"rank": rank, "host": "node", "pid": 7, "step": step, "time": time.time() - silent, "state": state}
+        told |= {"memory_bytes": 3 * 10**9} if rank == 2 else {}  # an older one does not say it
         (run / "ranks" / f"rank-{rank}.json").write_text(json.dumps(told))
     with filelock.FileLock(run / ".lock"):
         content, page = look(run)
     assert [one["steps_behind"] for one in content["ranks"]] == [0, 3, 0]
-    assert "5 1 min ago 3 behind, silent 2 node failed: no memory 8 1 min ago next" in page
+    assert "5 ? 1 min ago 3 behind, silent 2 node failed: no memory 8 3.00 GB 1 min ago next" in page
     assert "silent" not in look(run)[1]  # nobody is expected to speak any more
     shutil.rmtree(run / "checkpoints" / "step-8")
     assert look(run)[0]["next"] == "accelerate launch -m train --config 'a run'/config.yaml"

@@ -3,8 +3,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.distributed.device_mesh import init_device_mesh
 
-from train.telemetry import gradient_norms, kinds, mamba_statistics
+from train import sharding, telemetry
+from train.telemetry import gradient_norms, kinds, mamba_statistics, probe, rank_figures
 
 PATTERNS = ["M-M*-M-", "MEM*-ME", "*-*-", "M"]
 WINDOW = 16
@@ -166,3 +170,57 @@ def test_under_bf16_the_figures_are_of_fp32(tiny_model, draw_ids):
         model(ids)
     assert narrow == pytest.approx(wide, rel=0.05)
     assert torch.tensor(narrow["dt/mean"]).bfloat16().item() != narrow["dt/mean"]
+
+
+def test_one_rank_has_nothing_to_be_set_apart_from():
+    assert rank_figures(Accelerator(cpu=True), 1, 2.0) == {}
+
+
+def test_ranks_are_set_apart_by_memory_wait_and_speed(run_ranks):
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def work(rank):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(telemetry, "probe", lambda device: [0.002, 0.001, 0.005][rank])
+            figures = rank_figures(Accelerator(cpu=True), 2**40 + rank, [0.5, 0.25, 0.125][rank])
+        assert figures == {
+            "ranks/memory_least": 2.0**40, "ranks/memory_most": 2.0**40 + 2, "ranks/data_wait": 0.5, "ranks/spread": 2.5,
+            "ranks/slowest": 2,
+        }  # fmt: skip
+
+    ended = run_ranks(3, work)
+    assert [one.status for one in ended] == [0, 0, 0], ended
+
+
+def test_the_probe_takes_time():
+    assert 0 < probe(torch.device("cpu")) < 1
+
+
+def test_a_shared_model_has_the_norms_and_statistics_of_the_whole(run_ranks, tiny_model, draw_ids):
+    ids = draw_ids(2, 13)
+    config = tiny_model(hybrid_override_pattern="M*-EM").config
+
+    def figures(model):
+        with mamba_statistics(model.train(), WINDOW) as statistics:
+            backward(model, ids)
+        return gradient_norms(model), statistics
+
+    def build(mesh=None):
+        with torch.device("meta"):
+            model = type(tiny_model())(config)
+        if mesh:
+            sharding.shard(model, mesh, torch.float32)
+        model.to_empty(device="cpu")
+        sharding.initialise(model, 0)
+        return model
+
+    alone = figures(build())
+
+    def work(rank):
+        torch.distributed.init_process_group("gloo")
+        norms, statistics = figures(build(init_device_mesh("cpu", (2,))))
+        assert norms == pytest.approx(alone[0], rel=1e-5) and statistics == alone[1]
+        torch.distributed.destroy_process_group()
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [0, 0], ended

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.distributed.device_mesh import init_device_mesh
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.data.sources import Source, split_source
 from hybridlm.scoring import Score
 from hybridlm.tokenizer import byte_tokenizer
+from train import validation
 from train.loop import train
 from train.setup import build_model, build_tokenizer, open_data
 from train.validation import sample_text, validation_loss
@@ -132,15 +135,28 @@ def test_a_validation_that_is_stopped_gives_nothing_and_scores_no_further(two_so
     assert scored == [1] * (len(answers) - 1)
 
 
-def test_a_rank_that_was_stopped_stops_all(two_sources, monkeypatch):
-    config, sources = two_sources
-    accelerator = Accelerator(cpu=True)
+@pytest.mark.parametrize(("ranks", "sharding", "wanted"), [(2, "none", 5), (2, "fsdp2", 5), (3, "fsdp2", 2)])
+def test_ranks_together_have_the_loss_of_one_and_stop_together(two_sources, run_ranks, ranks, sharding, wanted):
+    """With one window a batch, so that the ranks have different numbers of them, or none at all."""
+    config, _ = two_sources
+    config = replace(config, data=replace(config.data, seq_len=128), train=replace(config.train, val_sequences=wanted))
+    sources = open_data(config, byte_tokenizer(), 258, quiet=True)[1]
+    alone = validation_loss(Accelerator(cpu=True), build_model(config), sources, config)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
-    def reduce(sums):  # as if another rank had been stopped
-        return sums + torch.tensor([[0.0, 0.0]] * len(sources) + [[1.0, 1.0]])
+    def work(rank):
+        accelerator = Accelerator(cpu=True)
+        mesh = init_device_mesh("cpu", (ranks,)) if sharding == "fsdp2" else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(validation, "BATCH_TOKENS", 128)
+            model = build_model(config, mesh=mesh)
+            line = validation_loss(accelerator, model, sources, config)
+            assert line["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-6)
+            assert line["val_loss_by_source"] == pytest.approx(alone["val_loss_by_source"], abs=1e-6)
+            assert validation_loss(accelerator, model, sources, config, lambda: rank == 1) is None
 
-    monkeypatch.setattr(accelerator, "reduce", reduce)
-    assert validation_loss(accelerator, build_model(config), sources, config) is None
+    ended = run_ranks(ranks, work)
+    assert [one.status for one in ended] == [0] * ranks, ended
 
 
 def test_an_empty_prompt_begins_a_new_text(make_config):
