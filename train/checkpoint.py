@@ -1,29 +1,38 @@
 """The checkpoints of a run: whole or not there, checked when read, safetensors and JSON only.
 
-checkpoints/step-<n>/ holds `model/` (a `from_pretrained` folder), `optimizer.safetensors` (with the random state), `state.json`
-and, written last, `manifest.json` with the sha256 of every other file. A folder appears under its name by one rename, after
-everything in it has reached the disk, and disappears by one rename before anything in it is deleted.
+checkpoints/step-<n>/ holds `model/` (a `from_pretrained` folder), `optimizer.safetensors` (with the random state; several files
+where it is large), `state.json` and, written last, `manifest.json` with the sha256 of every other file. A folder appears under
+its name by one rename, after everything in it has reached the disk; it disappears by one before anything in it is deleted.
+
+It is the same, byte for byte, whether one rank has the whole model or many share it (`group`: all ranks, over gloo; None: this
+process has everything), and any number of ranks can read it. `tensor_files` has what goes on between them.
 """
 
 import json
 import logging
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from train import files
+from hybridlm.checkpoint import check_folder, check_shards
+from train import files, tensor_files
+from train.ranks import together
+from train.tensor_files import Part, fingerprint, mismatch, part, place, split, stored
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +40,24 @@ MANIFEST = "manifest.json"
 # What a resume needs besides tensors; `identity` says what the position in the data means, `cursor` is of streamed data.
 STATE = {
     "step": int, "samples": int, "tokens": int, "identity": dict, "cursor": dict, "spikes": dict, "validation": list,
-    "weights_sha256": str,
+    "fingerprint": str,
 }  # fmt: skip
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+THREADS = 8  # that hash files at a time
+LARGE = 10**9  # bytes that take long enough to hash for a progress bar
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of a checkpoint, in memory.
+    """All of a checkpoint that this rank has, in memory.
 
     Attributes:
         weights: the model's, by name. optimizer: its state by `parameter.slot`, and the random state.
-        state: JSON, the keys of STATE but for the digest. sidecars: the other files of the model folder.
+        state: JSON, the keys of STATE but for the fingerprint. sidecars: the other files of the model folder. Those of rank 0 are
+            written.
     """
 
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: dict[str, Part]
+    optimizer: dict[str, Part]
     state: dict[str, Any]
     sidecars: dict[str, bytes]
 
@@ -57,15 +65,18 @@ class Snapshot:
 def snapshot(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], sidecars: dict[str, bytes], copy: bool
 ) -> Snapshot:
-    """The state of this moment. With `copy` it stays so while training goes on; without, it is to be written at once."""
+    """The state of this moment, as far as this rank has it. With `copy` it stays so while training goes on; without, it is to be
+    written at once."""
 
-    def keep(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
+    def keep(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+        parts = {name: part(tensor) for name, tensor in tensors.items()}
+        return {name: Part(one.local.to("cpu", copy=copy), one.shape, one.shared) for name, one in parts.items()}
 
     rng = {"rng": torch.get_rng_state()}
     if next(model.parameters()).device.type == "cuda":
         rng["rng_cuda"] = torch.cuda.get_rng_state()
-    return Snapshot(keep(model.state_dict()), keep(_optimizer_tensors(model, optimizer)) | rng, state, sidecars)
+    weights = keep(model.state_dict())  # first: with it FSDP2 puts shards back in the place of parameters that it has gathered
+    return Snapshot(weights, keep(_optimizer_tensors(_states(model, optimizer)) | rng), state, sidecars)
 
 
 def sidecars(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -76,39 +87,34 @@ def sidecars(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def write(run_dir: Path, shot: Snapshot) -> Path:
-    """Writes checkpoints/step-<step> and points RUN/model at its model.
+def write(run_dir: Path, shot: Snapshot, group: ProcessGroup | None = None) -> Path:
+    """Writes checkpoints/step-<step> and points RUN/model at its model. All ranks of the group must call it.
 
     Raises:
-        OSError: the disk would not have it. Older checkpoints are as they were; what was written is removed where possible.
+        OSError: on all ranks, where the disk would not have it on one. Older checkpoints are as they were; what was written is
+            removed where possible.
     """
-    step = shot.state["step"]
+    step, main = shot.state["step"], place(group)[0] == 0
     final = run_dir / "checkpoints" / f"step-{step}"
     unfinished = run_dir / "checkpoints" / f".step-{step}.unfinished"
-    if unfinished.exists():
-        files.remove(unfinished)
+    weights, optimizer = split(shot.weights, "model"), split(shot.optimizer, "optimizer")
+    content = {f"model/{name}": {key: shot.weights[key] for key in keys} for name, keys in weights.filename_to_tensors.items()}
+    content |= {name: {key: shot.optimizer[key] for key in keys} for name, keys in optimizer.filename_to_tensors.items()}
+    small = {f"model/{name}": data for name, data in shot.sidecars.items()}
+    if weights.is_sharded:
+        index = {"metadata": weights.metadata, "weight_map": weights.tensor_to_filename}
+        small[f"model/{SAFE_WEIGHTS_INDEX_NAME}"] = json.dumps(index, indent=2).encode()
     try:
-        files.make_folder(unfinished / "model")
-        content: dict[str, Any] = {f"model/{name}": [data] for name, data in shot.sidecars.items()}
-        shards = split_torch_state_dict_into_shards(shot.weights, max_shard_size="5GB")
-        for name, keys in shards.filename_to_tensors.items():
-            content[f"model/{name}"] = _safetensors({key: shot.weights[key] for key in keys})
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            content[f"model/{SAFE_WEIGHTS_INDEX_NAME}"] = [json.dumps(index, indent=2).encode()]
-        content["optimizer.safetensors"] = _safetensors(shot.optimizer)
-        state = shot.state | {"weights_sha256": digest(shot.weights)}
-        content["state.json"] = [(json.dumps(state, indent=2, allow_nan=False) + "\n").encode()]
-        digests = {name: files.write(unfinished / name, blocks) for name, blocks in sorted(content.items())}
-        files.write_text(unfinished / MANIFEST, _manifest(digests))
-        files.sync(unfinished / "model")
-        files.sync(unfinished)
-        files.rename(unfinished, final)
-        files.link(Path("checkpoints") / final.name / "model", run_dir / "model")
+        together(group, lambda: _begin(unfinished) if main else None)
+        together(group, lambda: _look_for(unfinished))
+        digests = tensor_files.write(unfinished, content, group)
+        state = shot.state | {"fingerprint": _fingerprint(shot.weights, shot.optimizer, group)}
+        small["state.json"] = (json.dumps(state, indent=2, allow_nan=False) + "\n").encode()
+        together(group, lambda: _finish(unfinished, final, small, digests) if main else None)
     except OSError as error:
         kept = [f"step-{number}" for number, _ in folders(run_dir) if number != step]
         try:
-            if unfinished.exists():
+            if main and unfinished.exists():
                 files.remove(unfinished)
         except OSError:
             logger.warning("%s is no checkpoint and could not be removed; the next start does", unfinished)
@@ -122,40 +128,105 @@ def write(run_dir: Path, shot: Snapshot) -> Path:
     return final
 
 
-def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts weights, optimiser state and random state back, and returns the rest. Nothing is changed before all is checked.
+def _begin(unfinished: Path) -> None:
+    if unfinished.exists():
+        files.remove(unfinished)
+    files.make_folder(unfinished / "model")
+
+
+def _look_for(unfinished: Path) -> None:
+    if not (unfinished / "model").is_dir():
+        raise OSError(f"{unfinished}, which rank 0 made, is not there: run_dir must be on a disk that all ranks share")
+
+
+def _finish(unfinished: Path, final: Path, small: dict[str, bytes], digests: dict[str, str]) -> None:
+    """Writes what is missing beside the tensors, whose files have these `digests`; gives the checkpoint its name and the link."""
+    digests = digests | {name: files.write(unfinished / name, [data]) for name, data in sorted(small.items())}
+    files.write_text(unfinished / MANIFEST, _manifest(digests))
+    files.sync(unfinished / "model")
+    files.sync(unfinished)
+    files.rename(unfinished, final)
+    files.link(Path("checkpoints") / final.name / "model", final.parent.parent / "model")
+
+
+def load(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: ProcessGroup | None = None
+) -> dict[str, Any]:
+    """Puts weights, optimiser state and random state back, and returns the rest. Nothing is changed before all is checked but the
+    bytes of the tensors: `newest` and `validate` have hashed them, and they are compared with what was saved once they are in
+    memory. A rank reads only what it has of the model, and what its parameters held is never looked at. All ranks of the group
+    must call it.
 
     Raises:
         ValueError: a file is missing or altered, or tensors do not fit the model: all listed.
     """
-    if faults := validate(folder):
-        raise ValueError(f"{folder} is not a valid checkpoint: {'; '.join(faults)}.")
-    state = json.loads((folder / "state.json").read_text())
-    try:
-        weights = {k: v for path in sorted((folder / "model").glob("*.safetensors")) for k, v in load_file(path).items()}
-        tensors = load_file(folder / "optimizer.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} is not a valid checkpoint: {error}.") from None
-    rng: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    if "rng_cuda" in tensors and torch.cuda.is_available():
-        rng["rng_cuda"] = torch.cuda.get_rng_state()
-    kept_rng = {name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}
-    want = _optimizer_tensors(model, optimizer)
-    faults = [*_mismatch("weights", model.state_dict(), weights), *_mismatch("optimiser", want, tensors)]
-    faults += _mismatch("random state", rng, {name: kept_rng[name] for name in kept_rng if name in rng})
-    if faults:
-        raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
-    model.load_state_dict(weights)
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {slot: tensors[f"{name}.{slot}"].to(p.device, copy=True) for slot in _zeros(p)}
-    torch.set_rng_state(kept_rng["rng"])
-    if "rng_cuda" in rng:
-        torch.cuda.set_rng_state(kept_rng["rng_cuda"])
-    if digest(model.state_dict()) != state["weights_sha256"]:
+    state = together(group, lambda: _fill(folder, model, optimizer, group))[place(group)[0]]
+    tensors = (model.state_dict(), _optimizer_tensors(_states(model, optimizer)))
+    weights, moments = ({name: part(tensor) for name, tensor in some.items()} for some in tensors)
+    if _fingerprint(weights, moments, group) != state["fingerprint"]:
         raise ValueError(
-            f"the weights in memory are not those that were saved in {folder}: the machine's memory may be at fault."
+            f"what is in memory is not what was saved in {folder}: the memory or the disk of a machine may be at fault."
         )
     return state
+
+
+def _fill(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: ProcessGroup | None) -> dict[str, Any]:
+    if faults := validate(folder, tensors=False):
+        raise ValueError(f"{folder} is not a valid checkpoint: {'; '.join(faults)}.")
+    try:
+        weights, rest = stored((folder / "model").glob("*.safetensors")), stored(folder.glob("optimizer*.safetensors"))
+    except ValueError as error:
+        raise ValueError(f"{folder} is not a valid checkpoint: {error}.") from None
+    rng = {"rng": torch.get_rng_state()}
+    if "rng_cuda" in rest and torch.cuda.is_available():
+        rng["rng_cuda"] = torch.cuda.get_rng_state()
+    else:
+        rest.pop("rng_cuda", None)
+    want = model.state_dict()  # first, as in `snapshot`
+    states = _states(model, optimizer)
+    moments = _optimizer_tensors(states)
+    if faults := [*mismatch("weights", want, weights), *mismatch("optimiser", moments | rng, rest)]:
+        raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
+    tensor_files.read(weights | rest, want | moments | rng, group)
+    for name, p in model.named_parameters():
+        optimizer.state[p] = states[name]
+    torch.set_rng_state(rng["rng"])
+    if "rng_cuda" in rng:
+        torch.cuda.set_rng_state(rng["rng_cuda"])
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None = None) -> None:
+    """Fills a model with the weights of a `from_pretrained` folder on this machine, of any floating point numbers. A rank reads
+    only what it has of the model, and what its parameters held is never looked at. Nothing is changed before all is checked. All
+    ranks of the group must call it.
+
+    Raises:
+        ValueError: no such folder, weights outside of it, or weights that do not fit: all listed.
+    """
+    together(group, lambda: _fill_weights(folder, model, group))
+
+
+def _fill_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None) -> None:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint folder {folder} on this machine.")
+    check_folder(path)
+    check_shards(path)
+    if (path / SAFE_WEIGHTS_NAME).exists():  # before an index, as in transformers
+        got = stored([path / SAFE_WEIGHTS_NAME])
+    elif (index := path / SAFE_WEIGHTS_INDEX_NAME).exists():
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = {file: stored([path / file]) for file in sorted(set(file_of.values()))}
+        got = {name: found[file][name] for name, file in file_of.items() if name in found[file]}
+    else:
+        raise ValueError(f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    got = {name: one for name, one in got.items() if not any(re.search(pattern, name) for pattern in ignored)}
+    want = model.state_dict()
+    if faults := mismatch("weights", want, got, cast=True):
+        raise ValueError(f"the weights of {folder} do not fit this model: {'; '.join(faults)}.")
+    tensor_files.read(got, want, group)
 
 
 def folders(run_dir: Path) -> list[tuple[int, Path]]:
@@ -222,8 +293,12 @@ def prune(run_dir: Path, keep: int, every: int | None = None) -> None:
             files.remove(deleted)
 
 
-def validate(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, each file by its name; nothing if it is whole."""
+def validate(folder: Path, tensors: bool = True) -> list[str]:
+    """What is wrong with a checkpoint folder, each file by its name; nothing if it is whole. Shows a bar where it takes long.
+
+    Args:
+        tensors: whether to read the files of tensors too, which may be all there is to read; otherwise they need only be there.
+    """
     try:
         text = (folder / MANIFEST).read_text()
         digests = json.loads(text)["files"]
@@ -234,17 +309,28 @@ def validate(folder: Path) -> list[str]:
         return [f"{MANIFEST} has been altered"]
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_symlink() or not p.is_dir()} - {MANIFEST}
     faults = [f"{name} is not in {MANIFEST}: it does not belong here" for name in sorted(there - digests.keys())]
-    for name in sorted({"model/config.json", "optimizer.safetensors", "state.json"} - digests.keys()):
+    whole = "optimizer.safetensors"
+    several = any(re.fullmatch(r"optimizer-\d+-of-\d+\.safetensors", name) for name in digests)
+    for name in sorted({"model/config.json", "state.json", *([] if several else [whole])} - digests.keys()):
         faults.append(f"{name} is missing in {MANIFEST}")
-    for name, want in digests.items():
+    to_hash = []
+    for name in digests:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve() != folder.resolve() / name:
             faults.append(f"{name} leads outside the checkpoint")
         elif not path.is_file():
             faults.append(f"{name} is missing")
-        elif _sha256(path) != want:
-            faults.append(f"{name} has been altered")
+        elif tensors or path.suffix != ".safetensors":
+            to_hash.append(name)
+    found = _hash([folder / name for name in to_hash])
+    faults += [f"{name} has been altered" for name, own in zip(to_hash, found) if own != digests[name]]
     return faults or _state_faults(folder)
+
+
+def identity(folder: Path) -> str | None:
+    """Which checkpoint it is that this rank sees there, by its manifest; None if it sees none."""
+    manifest = folder / MANIFEST
+    return f"{folder.name}, manifest {sha256(manifest.read_bytes()).hexdigest()[:12]}" if manifest.is_file() else None
 
 
 def _state_faults(folder: Path) -> list[str]:
@@ -259,56 +345,23 @@ def _state_faults(folder: Path) -> list[str]:
     return faults
 
 
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state, `parameter.slot`; before the first update, while it has none, the zeros that it begins with."""
-    states = {name: optimizer.state[p] or _zeros(p) for name, p in model.named_parameters()}
-    return {f"{name}.{slot}": value for name, state in states.items() for slot, value in state.items()}
+def _states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by parameter; before the first update, while it has none, the zeros that it begins with."""
+    return {name: optimizer.state[p] or _zeros(p) for name, p in model.named_parameters()}
 
 
 def _zeros(p: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def _mismatch(what: str, want: dict[str, Tensor], got: dict[str, Tensor]) -> list[str]:
-    faults = [f"{what} missing {sorted(want.keys() - got.keys())}"] if want.keys() - got.keys() else []
-    if got.keys() - want.keys():
-        faults.append(f"{what} unknown {sorted(got.keys() - want.keys())}")
-    for name in want.keys() & got.keys():
-        wanted, came = ((tuple(t.shape), t.dtype) for t in (want[name], got[name]))
-        if wanted != came:
-            faults.append(f"{what} {name}: wanted {wanted}, got {came}")
-    return faults
+def _optimizer_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`parameter.slot`"""
+    return {f"{name}.{slot}": value for name, state in states.items() for slot, value in state.items()}
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in blocks. The library's own writer copies all tensors into one and keeps Python, and so the training
-    beside it, waiting meanwhile.
-    """
-    # The widest first, so that each stays aligned to its own width.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered:
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield _bytes(tensor)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of names and values, in the order of the names."""
-    total = sha256()
-    for name in sorted(tensors):
-        total.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
-        total.update(_bytes(tensors[name]))
-    return total.hexdigest()
+def _fingerprint(weights: Mapping[str, Part], optimizer: Mapping[str, Part], group: ProcessGroup | None) -> str:
+    """Of all tensors but the random state, which is not in memory after a load where there is no such device."""
+    return fingerprint({**weights, **{name: one for name, one in optimizer.items() if name not in ("rng", "rng_cuda")}}, group)
 
 
 def _manifest(digests: dict[str, str]) -> str:
@@ -317,9 +370,28 @@ def _manifest(digests: dict[str, str]) -> str:
     return json.dumps({"files": dict(sorted(digests.items())), "sha256": own}, indent=2) + "\n"
 
 
-def _sha256(path: Path) -> str:
+def _hash(paths: list[Path]) -> list[str]:
+    """The sha256 of each file, several at a time; empty where it is no longer there."""
+    size, lock = sum(path.stat().st_size for path in paths), Lock()
+    bar = tqdm(total=size, desc="checking the checkpoint", unit="B", unit_scale=True, disable=size < LARGE, dynamic_ncols=True)
+
+    def advance(count: int) -> None:
+        with lock:
+            bar.update(count)
+
+    def one(path: Path) -> str:
+        with suppress(FileNotFoundError):  # a run that goes on may have pruned it
+            return _sha256(path, advance)
+        return ""
+
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(one, paths))
+
+
+def _sha256(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
     total = sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             total.update(block)
+            advance(len(block))
     return total.hexdigest()

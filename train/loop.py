@@ -29,7 +29,7 @@ from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
-from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, watch
+from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, watch
 from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
 from train.signals import stop_signals
@@ -77,8 +77,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     with ExitStack() as outer, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
         # 1. Where to go on from; model, tokenizer and data.
         everywhere(accelerator, lambda: main and held.enter_context(lock(run_dir)))
-        start_from = first_on_main(accelerator, lambda: check(config, resume, allow_config_change))
-        agree(accelerator, {"checkpoint (is run_dir on a disk that all share?)": start_from and start_from.name})
+        # It reads all of a checkpoint, so one does; the others look whether they see the same.
+        checked = everywhere(accelerator, lambda: check(config, resume, allow_config_change) if main else None)
+        (found,) = gather(accelerator, checked and str(checked))[:1]
+        start_from = None if found is None else Path(found)
+        agree(accelerator, {"checkpoint (is run_dir on a disk that all share?)": start_from and checkpoint.identity(start_from)})
         set_seed(config.seed)
         shares = config.train.sharding == "fsdp2" and accelerator.num_processes > 1
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shares else None
@@ -90,12 +93,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
         optimizer = adamw(model, config.optim)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
+        sharing = patient_group() if mesh is not None else None  # of what goes on between ranks behind the training
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
         spikes, cursor = Spikes(config.train.spike_sigma, config.train.spike_window), {}
         if start_from is not None:
             if not allow_config_change:
                 check_shape(start_from, model)
-            state = checkpoint.load(start_from, model, optimizer)
+            state = checkpoint.load(start_from, model, optimizer, sharing)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
             check_state(start_from, state, config, stream, held_out, allow_config_change)
@@ -150,8 +154,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             watching.phase = "saving"
             check_equal(accelerator, bare, step)
             finish_saving()
-            if main:
-                card = model_card(config, bare, ", ".join(stream.names), step, tokens, last_line(metrics, "val_loss"))
+            if main or sharing:  # others write their part of it
+                line = last_line(metrics, "val_loss") if main else None
+                card = model_card(config, bare, ", ".join(stream.names), step, tokens, line)
                 position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
                 state = {"step": step, "tokens": tokens, "spikes": spikes.state(), "validation": held_out, **position}
                 extra = sidecars | {"README.md": card.encode()}
@@ -161,10 +166,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 finish_saving()
 
         def store(shot: checkpoint.Snapshot) -> None:
-            if metrics.exists():
+            if main and metrics.exists():
                 files.sync(metrics)  # else a power loss could take lines of steps that the checkpoint has behind it
-            checkpoint.write(run_dir, shot)
-            checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)
+            checkpoint.write(run_dir, shot, sharing)
+            if main:
+                checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)
 
         def finish_saving() -> None:
             """Waits for the checkpoint at work; what went wrong with it is raised on every rank."""

@@ -21,6 +21,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from train.config import differences
@@ -33,6 +34,7 @@ GRACE = 1.0  # seconds in which the main thread may find out by itself, from a f
 SEARCH = 3.0  # seconds in which the rank that ended is looked for when a collective has failed
 NEIGHBOURS = 8  # ranks that a rank looks after: the others of its machine, as a rule; all after all would be n^2 files
 BLOCK = 2**17  # elements of a tensor that are summed at a time
+FACTOR = 3202034522624059733  # odd; twice it is below 2^63
 PATIENCE = timedelta(days=30)
 AGAIN = "The same command goes on from the newest checkpoint."
 
@@ -71,36 +73,67 @@ def agree(accelerator: Accelerator, facts: dict[str, Any]) -> None:
         )
 
 
-def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does `work`, in which no collective may be, on each rank, however long one takes; where it fails on one, all raise.
+def patient_group() -> ProcessGroup:
+    """A group of all ranks for what may take one of them hours while the others wait: the usual timeout is for steps. All ranks
+    must call it."""
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def exchange(group: ProcessGroup, value: Any) -> list[Any]:
+    """The `value`, JSON, of every rank of a gloo group, in their order."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    distributed.all_gather(lengths, torch.tensor([len(text)]), group)
+    longest = int(max(lengths))
+    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+    distributed.all_gather(rows, nn.functional.pad(text, (0, longest - len(text))), group)
+    return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths)]
+
+
+def together(group: ProcessGroup | None, work: Callable[[], T]) -> list[T]:
+    """Does `work` on each rank of a gloo group (None: this process alone); the results, JSON, by rank. Where it fails on one, all
+    raise. A `work` that sends to other ranks must send all of it, even if it fails.
 
     Raises:
-        ValueError, OSError: as `work` did; RanksError: it raised something else. The message names the ranks.
+        ValueError, OSError (with its errno): as `work` did; RanksError: it raised something else. The message names the ranks.
     """
-    if accelerator.num_processes == 1:
-        return work()
-    # A group of its own, because the others may wait for hours, say for rank 0 to tokenise: the usual timeout is for steps.
-    patient = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    fault = None
+    if group is None:
+        return [work()]
+    result = fault = None
     try:
         result = work()
     except Exception as error:
         fault = error
-    distributed.barrier(patient)
-    distributed.destroy_process_group(patient)
     kind = next((base for base in (ValueError, OSError) if isinstance(fault, base)), RanksError)
     text = f"{type(fault).__name__}: {fault}" if kind is RanksError else str(fault)
-    found = gather(accelerator, None if fault is None else [kind.__name__, text])
-    if not any(found):
-        return result
+    found = exchange(group, [result, fault and [kind.__name__, text, getattr(fault, "errno", None)]])
+    faults = {rank: said for rank, (_, said) in enumerate(found) if said}
+    if not faults:
+        return [value for value, _ in found]
     ranks_of: dict[str, list[int]] = {}
-    for rank, said in enumerate(found):
-        if said:
-            ranks_of.setdefault(said[1], []).append(rank)
-    name = next(said[0] for said in found if said)
-    raise {"ValueError": ValueError, "OSError": OSError}.get(name, RanksError)(
+    for rank, (_, text, _) in faults.items():
+        ranks_of.setdefault(text, []).append(rank)
+    name, _, number = next(iter(faults.values()))
+    merged = {"ValueError": ValueError, "OSError": OSError}.get(name, RanksError)(
         "\n".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items())
-    ) from fault
+    )
+    if isinstance(merged, OSError):
+        merged.errno = number
+    raise merged from fault
+
+
+def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Does `work`, in which no collective may be, on each rank, however long one takes; where it fails on one, all raise as in
+    `together`."""
+    if accelerator.num_processes == 1:
+        return work()
+    results: list[T] = []
+    group = patient_group()  # of its own: the others may wait for hours, say for rank 0 to tokenise
+    try:
+        together(group, lambda: results.append(work()))
+    finally:
+        distributed.destroy_process_group(group)
+    return results[0]
 
 
 def first_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -145,17 +178,23 @@ def check_equal(accelerator: Accelerator, model: nn.Module, step: int) -> None:
 
 
 @torch.no_grad()
-def digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor, first: int = 0) -> Tensor:
     """int64 (), on the tensor's device: a weighted sum of its bits, which one flipped bit always changes and, but for a chance of
-    about 2^-60, any other difference."""
+    about 2^-60, any other fault that is not made for it. Digests of consecutive parts add up to that of the whole, modulo 2^64.
+
+    Args:
+        first: the number, in the whole, of the first element.
+    """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     # In blocks, since the products are int64: all at once they would take twice the memory of the weights.
     blocks = tensor.detach().reshape(-1).view(integers).split(BLOCK)
-    # Odd, modulo 2^64: an even one would lose the highest bit.
-    weights = torch.arange(BLOCK, device=tensor.device) * 6364136223846793005 | 1
+    # The weight of element i is 2 K i + 1, modulo 2^64: odd, for an even one would lose the highest bit. In a block from s on
+    # that is 2 K j + 1 for its own element j, the same in every block, and 2 K s.
+    weights = torch.arange(BLOCK, device=tensor.device) * (2 * FACTOR) + 1
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for block in blocks:
-        total = total * 1_000_003 + (block * weights[: len(block)]).sum()
+    for number, block in enumerate(blocks):
+        offset = (2 * FACTOR * (first + number * BLOCK) + 2**63) % 2**64 - 2**63
+        total += (block * weights[: len(block)]).sum() + block.sum() * offset
     return total
 
 

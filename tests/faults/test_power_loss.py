@@ -137,17 +137,17 @@ UNTIL_SAFE = {
     "folders are not synced": (files.sync, {"perform(os.fsync, descriptor)": "pass"}),
     "renames are not synced": (files.rename, {"sync(": "str("}),
     "renames are synced on one side": (files.rename, {"(new.parent, old.parent)": "(new.parent,)"}),
-    "the folder of the model is not synced": (checkpoint.write, {'files.sync(unfinished / "model")': "pass"}),
-    "the folder of the checkpoint is not synced": (checkpoint.write, {"files.sync(unfinished)": "pass"}),
+    "the folder of the model is not synced": (checkpoint._finish, {'files.sync(unfinished / "model")': "pass"}),
+    "the folder of the checkpoint is not synced": (checkpoint._finish, {"files.sync(unfinished)": "pass"}),
     "renamed before the manifest is written": (
-        checkpoint.write,
+        checkpoint._finish,
         {MANIFEST: "files.rename(unfinished, final); unfinished = final; " + MANIFEST},
     ),
     "written in its place": (checkpoint.write, {'f".step-{step}.unfinished"': 'f"step-{step}"'}),
     "the last one deleted before the next is there": (
         checkpoint.write,
-        {"    try:\n        files.make_folder": "    for _, old in folders(run_dir):\n        files.remove(old)\n"
-        "    try:\n        files.make_folder"},
+        {"    try:\n        together": "    for _, old in folders(run_dir):\n        files.remove(old)\n"
+        "    try:\n        together"},
     ),
     "deleted in its place": (checkpoint.prune, {"files.rename(folder, deleted)": "deleted = folder"}),
 }  # fmt: skip
