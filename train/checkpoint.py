@@ -221,9 +221,8 @@ def _fill_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGrou
         got = {name: found[file][name] for name, file in file_of.items() if name in found[file]}
     else:
         raise ValueError(f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
-    ignored = model._keys_to_ignore_on_load_unexpected or []
-    got = {name: one for name, one in got.items() if not any(re.search(pattern, name) for pattern in ignored)}
-    want = model.state_dict()
+    want, ignored = model.state_dict(), model._keys_to_ignore_on_load_unexpected or []
+    got = {name: one for name, one in got.items() if name in want or not any(re.search(pattern, name) for pattern in ignored)}
     if faults := mismatch("weights", want, got, cast=True):
         raise ValueError(f"the weights of {folder} do not fit this model: {'; '.join(faults)}.")
     tensor_files.read(got, want, group)

@@ -190,7 +190,7 @@ def digest(tensor: Tensor, first: int = 0) -> Tensor:
     blocks = tensor.detach().reshape(-1).view(integers).split(BLOCK)
     # The weight of element i is 2 K i + 1, modulo 2^64: odd, for an even one would lose the highest bit. In a block from s on
     # that is 2 K j + 1 for its own element j, the same in every block, and 2 K s.
-    weights = torch.arange(BLOCK, device=tensor.device) * (2 * FACTOR) + 1
+    weights = torch.arange(min(BLOCK, tensor.numel()), device=tensor.device) * (2 * FACTOR) + 1
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for number, block in enumerate(blocks):
         offset = (2 * FACTOR * (first + number * BLOCK) + 2**63) % 2**64 - 2**63

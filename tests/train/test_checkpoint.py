@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
@@ -125,6 +126,11 @@ def test_large_weights_come_in_shards_that_open(tmp_path, trained, monkeypatch):
     assert len(list((folder / "model").glob("model-*.safetensors"))) > 2
     assert len(list(folder.glob("optimizer-*.safetensors"))) > 2
     assert not checkpoint.validate(folder)
+    stock, report = AutoModelForCausalLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert type(stock) is NemotronHForCausalLM
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    own = trained[0].state_dict()
+    assert all(torch.equal(own[name.replace("model.", "backbone.", 1)], tensor) for name, tensor in stock.state_dict().items())
     opened = HybridLMForCausalLM.from_pretrained(folder / "model")
     assert all(torch.equal(a, b) for a, b in zip(opened.state_dict().values(), trained[0].state_dict().values(), strict=True))
     before = snapshot(trained)
@@ -294,6 +300,56 @@ def test_a_safetensors_header_past_all_measure_is_refused(tmp_path, trained):
     seal(folder)
     with pytest.raises(ValueError, match="not a valid checkpoint"):
         checkpoint.load(folder, *trained)
+
+
+@pytest.mark.parametrize("size", ["20KB", "5GB"])
+def test_weights_of_any_folder_fill_a_model_whatever_it_held(tmp_path, trained, size, make_config):
+    theirs = build_model(make_config()).to(torch.bfloat16)  # A_log, D and dt_bias stay fp32
+    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (size == "20KB")
+    file = tmp_path / ("mtp.safetensors" if index.exists() else "model.safetensors")
+    save_file({"mtp.layers.0.weight": torch.ones(3)} | ({} if index.exists() else load_file(file)), file)
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"]["mtp.layers.0.weight"] = file.name
+        index.write_text(json.dumps(content))
+    for p in trained[0].parameters():
+        p.data.fill_(torch.nan)
+    checkpoint.load_weights(tmp_path, trained[0])
+    opened = HybridLMForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    for name, tensor in trained[0].state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, opened[name])
+
+
+def test_weights_that_do_not_fit_are_all_named_and_nothing_is_changed_by_them(tmp_path, trained):
+    folder = save(tmp_path, trained) / "model"
+    tensors = load_file(folder / "model.safetensors")
+    first, second, third = [name for name in sorted(tensors) if "mixer" in name][:3]
+    tensors["extra"] = tensors.pop(first)
+    tensors[second], tensors[third] = torch.zeros(3), tensors[third].to(torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    step(*trained)
+    before = snapshot(trained)
+    with pytest.raises(ValueError, match="do not fit this model") as error:
+        checkpoint.load_weights(folder, trained[0])
+    for part in (f"missing ['{first}']", "unknown ['extra']", f"{second}: wanted", f"{third}: wanted", "int32"):
+        assert part in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(trained).items())
+
+
+def test_a_folder_without_weights_or_with_an_index_that_leads_outside_is_refused(tmp_path, trained):
+    with pytest.raises(ValueError, match=r"there is no checkpoint folder .* on this machine"):
+        checkpoint.load_weights("nvidia/Nemotron-H-8B-Base-8K", trained[0])
+    folder = save(tmp_path, trained) / "model"
+    (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"has no weights: neither model\.safetensors nor model\.safetensors\.index\.json"):
+        checkpoint.load_weights(folder, trained[0])
+    weight_map = dict.fromkeys(trained[0].state_dict(), "../../../other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(ValueError, match="names files outside its folder"):
+        checkpoint.load_weights(folder, trained[0])
 
 
 def test_weights_that_are_not_those_that_were_saved_are_found_after_the_load(tmp_path, trained):

@@ -198,8 +198,23 @@ def test_ranks_that_do_not_share_a_disk_are_told(make_config, run_ranks, tmp_pat
         assert [one.status for one in run_ranks(2, work)] == [0, 0]
     ended = run_ranks(2, work)
     assert [one.status for one in ended] == [2, 2], ended
-    says = {"data": r"rank 1: data\.sources: .* -> ", "run_dir": r"is run_dir on a disk that all share\?.*: 'step-8' -> None"}
+    says = {"data": r"rank 1: data\.sources: .* -> ", "run_dir": r"is run_dir on a disk that all share\?.*: 'step-8, .*' -> None"}
     assert re.search(says[what], ended[0].err)
+
+
+def test_one_rank_hashes_the_checkpoint_that_all_go_on_from(make_config, run_ranks, monkeypatch):
+    config, validate = make_config(train__val_every=100), checkpoint.validate
+
+    def noted(folder, tensors=True):
+        print(f"hashed {tensors}, {folder.name}")
+        return validate(folder, tensors)
+
+    monkeypatch.setattr(checkpoint, "validate", noted)
+    assert [one.status for one in run_ranks(2, start(config, at_step(5, killed(signal.SIGTERM), 0)))] == [0, 0]
+    ended = run_ranks(2, start(config))
+    assert [one.status for one in ended] == [0, 0], ended
+    found = [re.findall("hashed (.*), step-5", one.out) for one in ended]
+    assert found == [["True", "False"], ["False"]]
 
 
 @pytest.mark.faults

@@ -12,10 +12,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import nn
+from torch import distributed, nn
 
 from train import ranks
-from train.ranks import agree, check_equal, digest, everywhere, first_on_main, gather, group_timeout, watch
+from train.ranks import RanksError, agree, check_equal, digest, everywhere, first_on_main, gather, group_timeout, watch
 from train.signals import stop_signals
 
 STEPS = 40
@@ -237,6 +237,46 @@ def test_the_digest_tells_order_within_and_across_blocks():
     flip(numbers[:1], 0, 31)
     assert len({digest(late).item(), digest(numbers).item()}) == 2
     assert digest(torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_digests_of_parts_add_up_to_that_of_the_whole(dtype, monkeypatch):
+    monkeypatch.setattr(ranks, "BLOCK", 7)
+    whole = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for cut in (0, 1, 7, 13, 50):
+        assert digest(whole[:cut]) + digest(whole[cut:], cut) == digest(whole)
+    integers = whole.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()]).tolist()
+    weighted = sum(value * (2 * ranks.FACTOR * i + 1) for i, value in enumerate(integers))
+    assert (weighted - digest(whole).item()) % 2**64 == 0
+    monkeypatch.setattr(ranks, "BLOCK", 1000)
+    assert (weighted - digest(whole).item()) % 2**64 == 0
+    far = 2**40  # past what the product of the factor and a number can hold
+    assert (digest(whole[:1], far).item() - integers[0] * (2 * ranks.FACTOR * far + 1)) % 2**64 == 0
+
+
+def test_what_one_of_a_group_could_not_do_is_raised_on_all_and_says_who(run_ranks):
+    kinds = {0: ValueError("no such thing"), 1: OSError(28, "full", "/disk"), 2: KeyError("x")}
+
+    def work(rank):
+        distributed.init_process_group("gloo")
+        group = ranks.patient_group()
+        assert ranks.together(group, lambda: {"rank": rank, "text": "ä" * rank}) == [
+            {"rank": i, "text": "ä" * i} for i in range(3)
+        ]
+        for broken, (kind, says) in {
+            0: (ValueError, "rank 0: no such thing"),
+            1: (OSError, r"^rank 1: \[Errno 28\] full: '/disk'$"),
+            2: (RanksError, "rank 2: KeyError: 'x'"),
+        }.items():
+            with pytest.raises(kind, match=says) as caught:
+                ranks.together(group, lambda: (_ for _ in ()).throw(kinds[rank]) if rank == broken else None)  # noqa: B023
+            assert getattr(caught.value, "errno", None) == (28 if broken == 1 else None)
+        assert ranks.together(group, lambda: rank) == [0, 1, 2]
+
+    assert [one.status for one in run_ranks(3, work)] == [0, 0, 0]
+    with pytest.raises(KeyError):  # alone: as it is
+        ranks.together(None, lambda: {}["x"])
+    assert ranks.together(None, lambda: {1}) == [{1}]
 
 
 def test_ranks_show_where_they_are_and_that_they_are_done(run_ranks, run_dir):
