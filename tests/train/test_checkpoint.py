@@ -98,6 +98,20 @@ def test_a_checkpoint_puts_everything_back(tmp_path, trained, make_config):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+def test_the_random_state_of_a_device_that_is_not_here_is_passed_over(tmp_path, trained):
+    shot = snapshot_of(trained)
+    shot.optimizer["rng_cuda"] = tensor_files.part(torch.zeros(16, dtype=torch.uint8))
+    checkpoint.load(checkpoint.write(tmp_path, shot), *trained)
+
+
+def test_a_weight_in_a_wrapper_that_gathers_it_in_fp8_is_saved_as_it_is():
+    utils = pytest.importorskip("torchao.float8.fsdp_utils")
+    float8 = pytest.importorskip("torchao.float8")
+    weight = torch.randn(16, 16)
+    wrapped = utils.WeightWithDynamicFloat8CastTensor(weight, None, float8.Float8LinearConfig().cast_config_weight.target_dtype)
+    assert tensor_files.local(torch.nn.Parameter(wrapped)).data_ptr() == weight.data_ptr()
+
+
 def test_there_is_no_pickle_in_it(tmp_path, trained):
     names = {p.suffix for p in save(tmp_path, trained).rglob("*") if p.is_file()}
     assert names <= {".json", ".safetensors", ".jinja", ".md"}
