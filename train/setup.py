@@ -2,16 +2,18 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import snapshot_download
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.checkpoint import load_tokenizer
+from hybridlm.checkpoint import check_folder, load_tokenizer
 from hybridlm.data.blend import Blend
 from hybridlm.data.packing import BestFit
 from hybridlm.data.preparation import cache_folder, documents_to_shards, prepare
@@ -22,9 +24,10 @@ from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
-from train import launch, sharding
+from train import checkpoint, launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
+from train.ranks import patient_group
 
 logger = logging.getLogger(__name__)
 
@@ -41,28 +44,32 @@ def build_model(
     Args:
         mesh: the ranks that share it (train.sharding); None: it is whole.
     """
-    begun, source = config.model.init_from, None
-    if begun is None:
+    folder = None
+    if start_from is not None:
+        folder = str(start_from / "model")
+    elif (begun := config.model.init_from) is not None:
+        local = Path(begun).expanduser().exists()
+        check_folder(begun)
+        folder = begun if local else snapshot_download(begun, allow_patterns=["*.json", "*.safetensors"])
+    if config.model.init_from is not None:
+        assert folder is not None
+        shape = HybridLMConfig.from_pretrained(folder)
+    else:
         assert isinstance(config.model.config, dict)
         shape = HybridLMConfig.from_strict_dict(config.model.config)
-    elif start_from is None:
-        source = HybridLMForCausalLM.from_pretrained(begun, dtype=torch.float32)
-        shape = source.config
-    else:  # the run's own: what it began from may be gone
-        shape = HybridLMConfig.from_pretrained(start_from / "model")
     with torch.device("meta"):
         model = HybridLMForCausalLM(shape, backend=config.ops.backend).train()
     sharding.recompute(model, config.train.recompute)
     if mesh is not None:
         sharding.shard(model, mesh, COMPUTE[config.train.precision])
     model.to_empty(device=device)
-    if source is not None:
-        sharding.copy_weights(source, model)
-        model.generation_config = source.generation_config
-    elif start_from is None:
+    if folder is None:
         sharding.initialise(model, config.seed)
-    elif begun is not None:
-        model.generation_config = GenerationConfig.from_pretrained(start_from / "model")
+        return model
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if start_from is None:
+        checkpoint.load_weights(folder, model, None if mesh is None else patient_group())
     return model
 
 

@@ -93,14 +93,6 @@ def initialise(model: HybridLMForCausalLM, seed: int) -> None:
             module.to_empty(device="meta", recurse=False)
 
 
-@torch.no_grad()
-def copy_weights(source: nn.Module, model: nn.Module) -> None:
-    """Fills `model` with the weights of `source`, which is whole."""
-    values = source.state_dict()
-    for name, target in model.state_dict().items():
-        put(target, values[name], 0)
-
-
 def put(target: Tensor, whole: Tensor, source: int) -> None:
     """Fills a parameter or buffer with `whole`, of which that of the rank `source` counts."""
     if isinstance(target, DTensor):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.tensor import DTensor, Shard
 
@@ -82,10 +82,6 @@ def part(tensor: Tensor) -> Part:
     shared = isinstance(tensor, DTensor)
     assert not shared or tuple(tensor.placements) == (Shard(0),), tensor.placements  # type: ignore[attr-defined]
     return Part(local(tensor), tuple(tensor.shape), shared)
-
-
-def is_shared(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def place(group: ProcessGroup | None) -> tuple[int, int]:
