@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from hybridlm.cli.inspect import figures, page, read_config
+    from hybridlm.cli.inspect import figures, page, read_config, read_plan
     from hybridlm.output import write_json
 
     config = read_config(args.source)
-    content = figures(config, gpus=args.gpus, precision=args.precision, seq_len=args.seq_len, micro_batch=args.micro_batch)
+    given = {name: getattr(args, name) for name in ("precision", "sharding", "recompute", "micro_batch", "seq_len")}
+    plan, steps = read_plan(args.source, args.gpus, given)
+    content = figures(config, plan, memory=args.memory, steps=steps)
     if args.json is not None:
         write_json(content, args.json)
     if args.json != "-":
@@ -59,6 +62,13 @@ def size(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
     return int(text)
+
+
+def memory(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(G|GiB|GB)", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"must be a number with G or GiB (2^30 bytes) or GB (10^9), such as 80G; got {text!r}")
+    return float(found[1]) * (10**9 if found[2] == "GB" else 2**30)
 
 
 def seed(text: str) -> int:
@@ -111,10 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR|CONFIG",
         help="model folder, a name on the hub, a shape file or the config of a run (.yaml), or a config.json",
     )
-    sub.add_argument("--gpus", type=size, default=1, metavar="N", help="GPUs that share the training state")
-    sub.add_argument("--precision", choices=("bf16", "fp32", "fp8"), default="bf16", help="of the matrix products in training")
-    sub.add_argument("--seq-len", type=size, default=8192, metavar="N", help="positions of a sequence, for FLOPs and activations")
-    sub.add_argument("--micro-batch", type=size, default=1, metavar="N", help="sequences in one pass of a GPU")
+    whole = "a run's own, else"
+    sub.add_argument("--gpus", type=size, default=1, metavar="N", help="GPUs that train together")
+    sub.add_argument(
+        "--memory", type=memory, metavar="80G",
+        help="of one GPU: say whether training fits, and what would make it fit. G and GiB are 2^30 bytes, as in the names of "
+        "GPUs (an 80 GB H100 shows 79.6 GiB); GB is 10^9",
+    )  # fmt: skip
+    sub.add_argument("--precision", choices=("bf16", "fp32", "fp8"), help=f"of the matrix products in training; {whole} bf16")
+    sub.add_argument("--sharding", choices=("none", "fsdp2"), help=f"{whole} fsdp2 on several GPUs; none: each has all weights")
+    sub.add_argument("--recompute", metavar="KINDS", help="layers, such as M*-, whose activations are computed again in backward")
+    sub.add_argument("--seq-len", type=size, metavar="N", help=f"positions of a sequence; {whole} 8192")
+    sub.add_argument("--micro-batch", type=size, metavar="N", help=f"sequences in one pass of a GPU; {whole} 1")
     sub.add_argument("--json", type=json_file, metavar="PATH", help=json_help)
 
     sub = command(

@@ -4,6 +4,8 @@ A multiply-add is 2 FLOPs. Only matrix products count; norms, gates and activati
 taken at a fixed chunk of 128 whatever the machine runs, so that utilisation is comparable between machines.
 """
 
+import copy
+
 from hybridlm.configuration import HybridLMConfig
 
 CHUNK = 128
@@ -39,6 +41,14 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
         "conv": 2.0 * mamba * conv * c.conv_kernel,
         "head": 2.0 * d * c.vocab_size,
     }
+
+
+def layer_flops(config: HybridLMConfig, symbol: str, seq_len: int) -> float:
+    """FLOPs per token of a forward pass through one layer of a kind."""
+    alone = copy.copy(config)
+    alone.hybrid_override_pattern = symbol
+    flops = forward_flops(alone, seq_len)
+    return sum(flops.values()) - flops["head"]
 
 
 def training_flops(config: HybridLMConfig, seq_len: int) -> float:

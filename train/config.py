@@ -213,8 +213,6 @@ def parse(values: dict[str, Any]) -> RunConfig:
     if unknown := unknown_symbols(config.train.recompute):
         known = ", ".join(f"{symbol!r} {kind}" for symbol, kind in SYMBOLS.items())
         faults.append(f"train.recompute: unknown symbol(s) {unknown!r}; known are {known}.")
-    if config.train.precision == "fp8":
-        faults.append("train.precision: fp8 is not in this version; use bf16 or fp32.")
     if model.init_from is not None:
         values = values | {"model": {"init_from": model.init_from}}
     elif isinstance(model.config, str):

@@ -1,20 +1,53 @@
 """What a model is made of and what it costs, from its configuration alone."""
 
-import copy
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hybridlm.checkpoint import check_folder
+from hybridlm.cluster import communication
 from hybridlm.configuration import HybridLMConfig
-from hybridlm.flops import forward_flops, training_flops
+from hybridlm.flops import forward_flops, layer_flops, training_flops
+from hybridlm.memory import (
+    GIB,
+    MARGIN,
+    Plan,
+    activation_bytes,
+    cache_bytes,
+    fits,
+    longest_context,
+    moments,
+    peak_bytes,
+    remedies,
+    state_bytes,
+    weight_bytes,
+)
 from hybridlm.output import BYTES, COUNT, FLOP, scaled, table
-from hybridlm.pattern import SYMBOLS
+from hybridlm.pattern import SYMBOLS, unknown_symbols
 from hybridlm.strict_yaml import load_yaml
 from hybridlm.twin import active_parameters, count_parameters, parameters_by_kind, transformer_twin
 
 CONTEXTS = {"4k": 2**12, "16k": 2**14, "64k": 2**16, "256k": 2**18, "1M": 2**20}
 Rows = list[tuple[str, ...]]
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of a value in training: fp8 narrows only what enters a product
+# What a run's config that does not say trains with: the defaults of `train`, which the library does not import.
+RUN_DEFAULTS: dict[str, Any] = {
+    "precision": "fp32",
+    "sharding": "none",
+    "recompute": "",
+    "micro_batch": None,
+    "global_batch": 16,
+    "steps": 1000,
+    "seq_len": 512,
+}
+PARTS = {  # of the fullest moments, as a person reads them
+    "activations": "activations",
+    "head": "weight and gradient of the head",
+    "logits": "a block of logits",
+    "work": "backward of a layer",
+    "gathered": "two layers gathered",
+    "whole_gradients": "gradients of one before reduction",
+    "embedding": "its weight and gradient",
+}
 
 
 def read_config(source: str) -> HybridLMConfig:
@@ -33,7 +66,8 @@ def read_config(source: str) -> HybridLMConfig:
         if not is_shape:
             return HybridLMConfig.from_pretrained(path if path.exists() else source)
         values = load_yaml(path)
-        if isinstance(run := values.get("model"), dict):
+        if is_run(values):
+            run = values["model"]
             if (shape := run.get("config") or run.get("init_from")) is None:
                 raise ValueError(f"{source} has neither model.config nor model.init_from.")
             if not isinstance(shape, dict) and Path(shape).resolve() == path.resolve():
@@ -44,83 +78,46 @@ def read_config(source: str) -> HybridLMConfig:
         raise ValueError(f"{source} cannot be read: {error}") from None
 
 
-def layer_flops(config: HybridLMConfig, symbol: str, seq_len: int) -> float:
-    """FLOPs per token of a forward pass through one layer of a kind."""
-    alone = copy.copy(config)
-    alone.hybrid_override_pattern = symbol
-    flops = forward_flops(alone, seq_len)
-    return sum(flops.values()) - flops["head"]
+def is_run(values: dict[str, Any]) -> bool:
+    return isinstance(values.get("model"), dict)
 
 
-def weight_bytes(config: HybridLMConfig) -> dict[str, int]:
-    """Of all weights. In fp8 the layers take 1 byte a parameter; embedding, head and last norm stay bf16."""
-    kinds, total = parameters_by_kind(config), count_parameters(config)
-    return {"fp32": 4 * total, "bf16": 2 * total, "fp8": total + kinds["embedding"] + kinds["head"] + kinds["norm"]}
+def read_plan(source: str, gpus: int, given: dict[str, Any]) -> tuple[Plan, int | None]:
+    """How `source` is trained on so many GPUs, and for how many steps: as `given` says (None: it does not), else as the config of
+    a run does, else as most would a bare shape: in bf16, sharded where there are several GPUs.
+
+    Raises:
+        ValueError: a batch that does not divide, or a kind of layer that there is not.
+    """
+    path = Path(source).expanduser()
+    values = load_yaml(path) if path.suffix in (".yaml", ".yml") else {}
+    bare = {"sharding": "fsdp2" if gpus > 1 else "none", "micro_batch": 1}
+    if run := is_run(values):
+        said = {**(values.get("train") or {}), **(values.get("data") or {})}
+        bare = {key: said.get(key, default) for key, default in RUN_DEFAULTS.items()}
+    chosen = bare | {key: value for key, value in given.items() if value is not None}
+    steps: int | None = chosen.pop("steps", None)
+    if unknown := unknown_symbols(chosen.get("recompute", "")):
+        raise ValueError(f"recompute: {unknown!r} is no kind of layer; give some of {', '.join(SYMBOLS)}.")
+    if run:
+        batch: int = chosen["global_batch"]
+        if batch % gpus:
+            raise ValueError(f"train.global_batch ({batch}) must be a multiple of the number of GPUs ({gpus}).")
+        chosen["micro_batch"] = chosen["micro_batch"] or batch // gpus
+        if batch // gpus % chosen["micro_batch"]:
+            share = f"{batch} / {gpus} = {batch // gpus}"
+            raise ValueError(f"the micro-batch ({chosen['micro_batch']}) must divide a GPU's share of the batch ({share}).")
+    return Plan(gpus=gpus, **chosen), steps
 
 
-def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> int:
-    """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba-2 layer the
-    last inputs of the convolution, and a state that is fp32 whatever the rest is."""
-    c = config
-    attention = 2 * c.num_key_value_heads * c.head_dim * context * value_bytes
-    mamba = (c.conv_kernel - 1) * c.mamba_conv_size * value_bytes + c.mamba_inner_size * c.ssm_state_size * 4
-    return c.hybrid_override_pattern.count("*") * attention + c.hybrid_override_pattern.count("M") * mamba
-
-
-def norm_activations(config: HybridLMConfig, w: int) -> int:
-    """Bytes per token that a norm keeps for backward: its input and its result, and the scale of the token in fp32."""
-    return 2 * config.hidden_size * w + 4
-
-
-def block_activations(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> float:
-    """Bytes per token that one layer and its norm keep for backward, as autograd has it with the eager operators.
+def figures(config: HybridLMConfig, plan: Plan, *, memory: float | None = None, steps: int | None = None) -> dict[str, Any]:
+    """All that the page shows, in parameters, FLOPs, bytes and seconds.
 
     Args:
-        w: bytes of a value in the products, 4 or 2.
+        memory: bytes of a GPU, where the question is whether the plan fits.
+        steps: of the run, where it is known.
     """
-    c = config
-    inner, conv, h, n = c.mamba_inner_size, c.mamba_conv_size, c.mamba_num_heads, c.ssm_state_size
-    q, k = min(c.chunk_size, seq_len), c.num_experts_per_tok
-    latent = c.moe_latent_size or c.hidden_size
-    of_kind = {
-        # in_proj and the convolution's result; y before and after its norm, and its scales; the states between chunks; dt with
-        # its bias and after softplus.
-        "M": w * (inner + conv + h + conv + 2 * inner) + 4 * c.n_groups + 4 * inner * n / q + 8 * h,
-        # q, k, v, the product; the sums of its softmax (no weights are kept).
-        "*": w * 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 4 * c.num_attention_heads,
-        "-": w * c.intermediate_size,  # the squares
-        # k times the expert's input, output and squares; the shared one's squares; what is weighted, and routed, in fp32.
-        "E": w * (k * (2 * latent + c.moe_intermediate_size) + c.moe_shared_expert_intermediate_size)
-        + 4 * k * latent
-        + (4 * c.hidden_size if w < 4 else 0)
-        + (0 if c.moe_latent_size is None else w * 2 * latent),
-    }
-    return norm_activations(c, w) + of_kind[symbol]
-
-
-def activation_bytes(config: HybridLMConfig, w: int, tokens: int, seq_len: int) -> dict[str, float]:
-    """What backward needs of the tokens of a micro-batch: all that the blocks keep, or the input of each and one block's own."""
-    blocks = [block_activations(config, symbol, w, seq_len) for symbol in config.hybrid_override_pattern]
-    head = norm_activations(config, w)
-    return {
-        "all_kept": tokens * (sum(blocks) + head),
-        "recomputed": tokens * (len(blocks) * config.hidden_size * w + max(blocks) + head),
-    }
-
-
-def state_bytes(config: HybridLMConfig, gpus: int, w: int) -> dict[str, float]:
-    """Training state on each of N GPUs, fully sharded: 4 bytes of weight, 4 of gradient and 8 of AdamW's moments a parameter,
-    over N; and the copy that is computed with. On several GPUs that is embedding, head and the largest layer, gathered, with
-    their gradients before these are spread; on one, autocast's copy of all weights."""
-    kinds, share = parameters_by_kind(config), count_parameters(config) / gpus
-    gathered = kinds["embedding"] + kinds["head"] + kinds["norm"] + max(kinds[s] for s in config.hybrid_override_pattern)
-    copy_ = 2 * w * gathered if gpus > 1 else share * w * (w < 4)
-    return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "compute_copy": copy_}
-
-
-def figures(config: HybridLMConfig, *, gpus: int, precision: str, seq_len: int, micro_batch: int) -> dict[str, Any]:
-    """All that the page shows, in parameters, FLOPs and bytes."""
-    kinds, total, w = parameters_by_kind(config), count_parameters(config), COMPUTE_BYTES[precision]
+    kinds, total, seq_len = parameters_by_kind(config), count_parameters(config), plan.seq_len
     flops = {symbol: layer_flops(config, symbol, seq_len) for symbol in kinds if symbol in SYMBOLS}
     flops["head"] = forward_flops(config, seq_len)["head"]
     rows = [
@@ -150,29 +147,59 @@ def figures(config: HybridLMConfig, *, gpus: int, precision: str, seq_len: int, 
         "weight_bytes": weight_bytes(config),
         "cache": cache,
         "twin": twin_is,
-        "training": {"gpus": gpus, "precision": precision, "micro_batch": micro_batch}
-        | {"state_bytes": state_bytes(config, gpus, w)}
-        | {"activation_bytes": activation_bytes(config, w, micro_batch * seq_len, seq_len)},
+        "training": training_figures(config, plan, memory),
+        "communication": communication(config, plan, steps) if plan.gpus > 1 else None,
+        "inference": None if memory is None else {"memory_bytes": memory, "longest_context": longest_context(config, memory)},
     }
+
+
+def training_figures(config: HybridLMConfig, plan: Plan, memory: float | None) -> dict[str, Any]:
+    kinds = "".join(dict.fromkeys(config.hybrid_override_pattern))
+    found: dict[str, Any] = asdict(plan) | {
+        "state_bytes": state_bytes(config, plan),
+        "moments": moments(config, plan),
+        "peak_bytes": peak_bytes(config, plan),
+        "activation_bytes": {
+            "all_kept": activation_bytes(config, replace(plan, recompute="")),
+            "as_planned": activation_bytes(config, plan),
+            "all_recomputed": activation_bytes(config, replace(plan, recompute=kinds)),
+        },
+    }
+    if memory is not None:
+        found |= {"memory_bytes": memory, "margin": MARGIN, "fits": fits(config, plan, memory)}
+        plans = [] if found["fits"] else remedies(config, plan, memory)
+        found["remedies"] = [{"change": changes(plan, other), "peak_bytes": peak_bytes(config, other)} for other in plans]
+    return found
+
+
+def changes(plan: Plan, other: Plan) -> str:
+    """The flags that lead from one plan to another."""
+    flags = {"recompute": "'{}'", "micro_batch": "{}", "sharding": "{}", "gpus": "{}"}
+    changed = [name for name in flags if getattr(plan, name) != getattr(other, name)]
+    return " ".join(f"--{name.replace('_', '-')} {flags[name].format(getattr(other, name))}" for name in changed)
 
 
 def page(f: dict[str, Any]) -> str:
     """The figures as a person reads them, each with what it is made of."""
-    training = f["training"]
-    gpus, precision = training["gpus"], training["precision"]
-    return "\n\n".join([
+    parts = [
         f"pattern  {f['pattern']}",
         table(layer_rows(f), "<<"),
         table(sum_rows(f), "<><"),
         "Cache of one sequence: keys and values, and the last inputs of the convolution, in bf16; the Mamba-2 state in fp32.\n"
         + f["twin"],
         table(cache_rows(f)),
-        f"Training in {precision} on {gpus:,} GPU{'s, fully sharded' if gpus > 1 else ''}: bytes on each, for a micro-batch of "
-        f"{training['micro_batch']:,} x {f['seq_len']:,} tokens.\n"
-        "An estimate. The activations are those of the eager operators. Logits come in blocks and do not count. fp8 narrows\n"
-        "only what enters a product. The allocator needs more.",
-        table(training_rows(training), "<><"),
-    ])  # fmt: skip
+        training_heading(f["training"]),
+        table(training_rows(f["training"]), "<><"),
+    ]
+    if f["inference"]:
+        parts += [verdict(f["training"]), inference(f["inference"])]
+    if f["communication"]:
+        parts += [
+            "Communication of each GPU. Not measured: the rates are those of H100 machines on paper. At best a byte enters a\n"
+            "machine once and goes on inside by NVLink; at worst every GPU fetches all that it needs over its own network card.",
+            table(communication_rows(f["communication"], f["training"]), "<><"),
+        ]
+    return "\n\n".join(parts)
 
 
 def layer_rows(f: dict[str, Any]) -> Rows:
@@ -212,20 +239,91 @@ def cache_rows(f: dict[str, Any]) -> Rows:
     return rows
 
 
-def training_rows(training: dict[str, Any]) -> Rows:
-    gpus, state, kept = training["gpus"], training["state_bytes"], training["activation_bytes"]
-    over = "parameters" if gpus == 1 else f"parameters / {gpus:,}"
-    copied = (
-        "embedding, head and the largest layer, gathered, with their gradients" if gpus > 1 else "autocast's copy of all weights"
+def gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def training_heading(training: dict[str, Any]) -> str:
+    gpus, whole = training["gpus"], "each with the whole model (DDP)"
+    shared = f", {'sharded (fsdp2)' if training['sharding'] == 'fsdp2' else whole}" if gpus > 1 else ""
+    again = f"; activations of {training['recompute']} computed again" if training["recompute"] else ""
+    return (
+        f"Training in {training['precision']} on {gpus:,} GPU{'s' if gpus > 1 else ''}{shared}{again}: on each, for a "
+        f"micro-batch of {training['micro_batch']:,} x {training['seq_len']:,} tokens.\n"
+        "An estimate, in GiB of 2^30 bytes, with the eager operators. fp8 narrows only what enters a product."
     )
+
+
+def training_rows(training: dict[str, Any]) -> Rows:
+    gpus, state, moments = training["gpus"], training["state_bytes"], training["moments"]
+    over = f"parameters / {gpus:,}" if training["sharding"] == "fsdp2" and gpus > 1 else "parameters"
+    kept = training["activation_bytes"]
+    fullest = max(moments, key=lambda name: sum(moments[name].values()))
     rows: list[tuple[str, float, str]] = [
         ("weights", state["weights"], f"fp32: 4 bytes x {over}"),
         ("gradients", state["gradients"], f"fp32: 4 bytes x {over}"),
         ("AdamW", state["moments"], f"two moments in fp32: 8 bytes x {over}"),
-        ("compute copy", state["compute_copy"], copied if state["compute_copy"] else "none: the weights themselves"),
-        ("activations", kept["all_kept"], "every layer's, kept for backward"),
-        ("  or", kept["recomputed"], "each layer's input, and one layer's own: gradient checkpointing"),
-        ("in all", sum(state.values()) + kept["all_kept"], "with every layer's activations"),
-        ("  or", sum(state.values()) + kept["recomputed"], "with gradient checkpointing"),
+        ("autocast", state["copy"], "its bf16 copy of the layers' matrices"),
+        ("DDP", state["buckets"], "its buckets for gradients: 4 bytes x parameters"),
+        (
+            "activations",
+            kept["as_planned"],
+            f"kept for backward (of all layers {gib(kept['all_kept'])}, of none {gib(kept['all_recomputed'])})",
+        ),
     ]
-    return [(name, scaled(size, BYTES), text) for name, size, text in rows]
+    for name, parts in moments.items():
+        text = " + ".join(f"{PARTS[part]} {gib(size)}" for part, size in parts.items() if size)
+        rows.append((f"at the {name}", sum(parts.values()), text))
+    rows.append(("peak", training["peak_bytes"], f"what is there all the time, and what comes at the {fullest}"))
+    return [(name, gib(size), text) for name, size, text in rows if size]
+
+
+def verdict(training: dict[str, Any]) -> str:
+    need, memory = training["peak_bytes"], training["memory_bytes"]
+    of = f"{need / GIB:,.1f} of {memory / GIB:,.1f} GiB"
+    if training["fits"]:
+        return f"fits: {of}, {1 - need / memory:.0%} left for the allocator, CUDA and NCCL ({MARGIN:.0%} must be)"
+    said = f"does not fit: {of}, and {MARGIN:.0%} must be left for the allocator, CUDA and NCCL; "
+    if not training["remedies"]:
+        return said + "neither recomputing, nor a micro-batch of 1, nor more GPUs make it fit"
+    ways = ", ".join(f"{way['change']} ({way['peak_bytes'] / GIB:,.1f} GiB)" for way in training["remedies"])
+    return said + f"what would make it fit: {ways}"
+
+
+def inference(found: dict[str, Any]) -> str:
+    context, memory = found["longest_context"], f"{found['memory_bytes'] / GIB:,.1f} GiB"
+    if context == 0:
+        return f"inference: its weights in bf16 do not fit in {memory}"
+    tokens = "a context of any length" if context is None else f"the cache of {context:,} tokens"
+    return f"inference: {memory} hold the weights in bf16 and {tokens} ({MARGIN:.0%} left)"
+
+
+def communication_rows(found: dict[str, Any], training: dict[str, Any]) -> Rows:
+    sent, assumed = found["bytes"], found["assumed"]
+    rates = dict.fromkeys(f"{assumed[f'bytes_per_second_{case}'] / 1e9:,.0f}" for case in ("best", "worst"))
+    every = "a micro-batch" if training["sharding"] == "fsdp2" else "a step"
+    rows: Rows = []
+    if sent["gathered"]:
+        rows.append(("gathered", scaled(sent["gathered"], BYTES), f"{every}: weights, for forward and again for backward"))
+    rows += [
+        ("reduced", scaled(sent["reduced"], BYTES), f"{every}: gradients, in fp32"),
+        ("sending", between(found, "seconds", "s"), f"{every}, at {' and at '.join(rates)} GB/s into a GPU"),
+        (
+            "computing",
+            f"{found['compute_seconds']:,.3g} s",
+            f"a micro-batch, at {assumed['flops_per_second'] / 1e12:,.0f} TFLOP/s of a GPU",
+        ),
+        ("hidden from", between(found, "tokens_to_hide", "tokens"), f"of a GPU in {every}: with fewer it waits"),
+    ]
+    if "most_gpus" in found:
+        text = f"a sequence each; here {found['sequences_per_gpu']:,.3g}. To use more would take tensor or context parallelism"
+        rows.append(("at most", f"{found['most_gpus']:,} GPUs", text))
+    if "days_best" in found:
+        rows.append(("the run", between(found, "days", "days"), f"{scaled(found['tokens'], COUNT)} tokens"))
+    return rows
+
+
+def between(found: dict[str, Any], name: str, unit: str) -> str:
+    """The best and the worst case, one figure where they are the same."""
+    values = (found[f"{name}_{case}"] for case in ("best", "worst"))
+    return f"{' to '.join(dict.fromkeys(f'{v:,.0f}' if v >= 100 else f'{v:.3g}' for v in values))} {unit}"

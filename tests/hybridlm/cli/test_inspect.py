@@ -1,22 +1,22 @@
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+import train.config
 from hybridlm import HybridLMForCausalLM
 from hybridlm.__main__ import main
-from hybridlm.cache import HybridCache
-from hybridlm.cli.inspect import activation_bytes, block_activations, cache_bytes, figures, page, read_config, state_bytes
+from hybridlm.cli.inspect import RUN_DEFAULTS, figures, page, read_config, read_plan
 from hybridlm.flops import forward_flops
-from hybridlm.mixers.context import Context
-from hybridlm.ops import precision
-from hybridlm.ops.ssd import eager
+from hybridlm.memory import GIB, Plan, cache_bytes, peak_bytes
 from hybridlm.output import BYTES, COUNT, scaled, table
 
 SHAPES = Path(__file__).parents[3] / "configs" / "model"
 PUBLISHED = {"4b": "4,489,223,040  4.49 B", "8b": "8,100,852,736  8.10 B", "47b": "46.8 B", "56b": "56.3 B"}
-PLAIN = {"gpus": 1, "precision": "bf16", "seq_len": 128, "micro_batch": 1}
+PLAIN = Plan(seq_len=128)
 
 
 @pytest.mark.parametrize(("size", "parameters"), PUBLISHED.items())
@@ -30,7 +30,7 @@ def test_the_rows_add_up_to_the_model_and_to_its_flops(pattern, tiny_config):
     config = tiny_config(hybrid_override_pattern=pattern)
     with torch.device("meta"):
         model = HybridLMForCausalLM(config)
-    content = figures(config, **PLAIN)
+    content = figures(config, PLAIN)
     rows = {row["kind"]: row for row in content["layers"]}
     assert content["parameters"] == sum(p.numel() for p in model.parameters()) == sum(r["parameters"] for r in rows.values())
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
@@ -41,7 +41,7 @@ def test_the_rows_add_up_to_the_model_and_to_its_flops(pattern, tiny_config):
 
 
 def test_a_layers_flops_are_what_the_model_has_more_with_it(tiny_config):
-    rows = {row["kind"]: row for row in figures(tiny_config(hybrid_override_pattern="MM*-E"), **PLAIN)["layers"]}
+    rows = {row["kind"]: row for row in figures(tiny_config(hybrid_override_pattern="MM*-E"), PLAIN)["layers"]}
     with_two = sum(forward_flops(tiny_config(hybrid_override_pattern="MM*-E"), 128).values())
     with_one = sum(forward_flops(tiny_config(hybrid_override_pattern="M*-E"), 128).values())
     assert rows["M"]["flops_per_token"] == pytest.approx(2 * (with_two - with_one))
@@ -49,75 +49,11 @@ def test_a_layers_flops_are_what_the_model_has_more_with_it(tiny_config):
 
 def test_experts_make_total_and_active_differ(tiny_config):
     config = tiny_config(hybrid_override_pattern="MEM*-ME")
-    content = figures(config, **PLAIN)
+    content = figures(config, PLAIN)
     idle = config.n_routed_experts - config.num_experts_per_tok
     expert = 2 * config.hidden_size * config.moe_intermediate_size
     assert content["parameters"] - content["active_parameters"] == 2 * idle * expert
     assert "mixture of experts" in page(content)
-
-
-@pytest.mark.parametrize("pattern", ["M-M*-M-", "M", "**-", "-"])
-@pytest.mark.parametrize("length", [1, 2, 7, 40])
-@torch.no_grad()
-def test_cache_bytes_are_those_of_a_real_cache(pattern, length, tiny_model, draw_ids):
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        model = tiny_model(hybrid_override_pattern=pattern).to(dtype)
-        cache = HybridCache(len(pattern))
-        model(draw_ids(1, length), past_key_values=cache)
-        # A state may hold a view of a longer tensor: what counts is its own size.
-        assert cache_bytes(model.config, length, size) == cache.nbytes()
-
-
-def bytes_kept(block, x):
-    """What autograd keeps of a block's forward pass, parameters left out."""
-    weights, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
-
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        block(x, Context())
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-WIDE = {
-    "hybrid_override_pattern": "M*-E", "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "head_dim": 16,
-    "mamba_num_heads": 12, "mamba_head_dim": 16, "n_groups": 3, "ssm_state_size": 24, "chunk_size": 32,
-    "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 80,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("changes", [{}, {"chunk_size": 64, "mamba_num_heads": 6}, {"moe_latent_size": 40}])
-@pytest.mark.parametrize(("dtype", "w"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_activations_are_what_autograd_keeps(changes, dtype, w, tiny_model, monkeypatch):
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)  # without, products keep fp32 copies of bf16 inputs
-    monkeypatch.setattr(eager, "CPU_CHUNK", 1000)
-    model = tiny_model("eager", **WIDE | changes).to(dtype)
-    for symbol, block in zip("M*-E", model.backbone.layers):
-        x = torch.randn(2, 256, 96, dtype=dtype, requires_grad=True)
-        counted = block_activations(model.config, symbol, w, 256) * x.shape[0] * x.shape[1]
-        assert counted == pytest.approx(bytes_kept(block, x), rel=0.1), symbol
-
-
-def test_recomputing_keeps_the_inputs_and_the_largest_block(tiny_config):
-    config = tiny_config(hybrid_override_pattern="M-")
-    largest = max(block_activations(config, symbol, 4, 64) for symbol in "M-")
-    kept = activation_bytes(config, 4, 64, 64)
-    of_norm = kept["all_kept"] / 64 - sum(block_activations(config, symbol, 4, 64) for symbol in "M-")
-    assert kept["recomputed"] / 64 == pytest.approx(2 * config.hidden_size * 4 + largest + of_norm)
-    assert activation_bytes(config, 4, 128, 64)["all_kept"] == 2 * kept["all_kept"]
-
-
-def test_the_training_state_is_shared_and_the_copy_is_not():
-    config = read_config(str(SHAPES / "nemotron-h-8b.yaml"))
-    one, eight, more = (state_bytes(config, gpus, 2) for gpus in (1, 8, 64))
-    assert sum(one.values()) == 18 * 8_100_852_736  # 4 + 4 + 8, and autocast's 2
-    assert one["moments"] == 8 * eight["moments"]
-    # embedding, head, last norm and an FFN; weight and gradient, 2 bytes each
-    assert eight["compute_copy"] == more["compute_copy"] == 4 * (2 * 131072 * 4096 + 4096 + 2 * 4096 * 21504 + 4096)
-    assert state_bytes(config, 1, 4)["compute_copy"] == 0
 
 
 def test_folder_shape_file_and_config_json_read_the_same(tiny_config, tmp_path, capsys):
@@ -129,7 +65,7 @@ def test_folder_shape_file_and_config_json_read_the_same(tiny_config, tmp_path, 
     for source in (tmp_path, tmp_path / "config.json"):  # no weights there, and none missed
         assert main(["inspect", str(source), "--json", "-"]) == 0
         outputs.append(json.loads(capsys.readouterr().out))
-    assert outputs[0] == outputs[1] == figures(tiny_config(), **PLAIN | {"seq_len": 8192})
+    assert outputs[0] == outputs[1] == figures(tiny_config(), Plan())
     assert read_config(str(tmp_path / "shape.yaml")).hidden_size == tiny_config().hidden_size
 
 
@@ -152,7 +88,7 @@ def test_bad_files_are_told(name, content, message, tmp_path, capsys):
 
 
 def test_a_model_without_a_twin_says_why(tiny_config):
-    content = figures(tiny_config(num_attention_heads=64), **PLAIN)
+    content = figures(tiny_config(num_attention_heads=64), PLAIN)
     assert "twin_bytes" not in content["cache"][0]
     assert "No Transformer twin to compare with" in page(content) and "take fewer attention heads" in page(content)
 
@@ -161,7 +97,7 @@ def test_the_page_says_what_it_was_asked(capsys):
     arguments = ["--gpus", "8", "--precision", "fp32", "--seq-len", "1024", "--micro-batch", "2"]
     assert main(["inspect", str(SHAPES / "nemotron-h-8b.yaml"), *arguments]) == 0
     out = capsys.readouterr().out
-    assert "Training in fp32 on 8 GPUs" in out and "2 x 1,024 tokens" in out and "parameters / 8" in out
+    assert "Training in fp32 on 8 GPUs, sharded (fsdp2): " in out and "2 x 1,024 tokens" in out and "parameters / 8" in out
     # 4 attention layers x 2 x 8 x 128 x 2 bytes x 65,536 tokens + 24 x (3 x 10,240 x 2 + 8,192 x 128 x 4)
     assert cache_bytes(read_config(str(SHAPES / "nemotron-h-8b.yaml")), 65536) == 1073741824 + 102137856
     assert "64k      1.18 GB" in out
@@ -202,3 +138,107 @@ def test_a_run_that_names_itself_is_an_error(tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps({"model": {"init_from": str(tmp_path / "run.yaml")}}))
     with pytest.raises(ValueError, match="names itself"):
         read_config(str(tmp_path / "run.yaml"))
+
+
+def test_a_run_is_inspected_as_it_would_be_trained(tiny, tmp_path):
+    run = {
+        "model": {"config": tiny()}, "data": {"seq_len": 64},
+        "train": {"precision": "bf16", "sharding": "fsdp2", "recompute": "M", "global_batch": 12, "steps": 7},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    source = str(tmp_path / "run.yaml")
+    nothing = dict.fromkeys(("precision", "sharding", "recompute", "micro_batch", "seq_len"))
+    plan = Plan(gpus=2, sharding="fsdp2", precision="bf16", recompute="M", micro_batch=6, seq_len=64, global_batch=12)
+    assert read_plan(source, 2, nothing) == (plan, 7)
+    said = {"precision": "fp8", "sharding": "none", "recompute": "", "micro_batch": 3, "seq_len": 32}
+    assert read_plan(source, 2, said) == (Plan(gpus=2, global_batch=12, **said), 7)
+    for gpus, given, message in [
+        (5, {}, "must be a multiple of the number of GPUs"),
+        (2, {"micro_batch": 4}, "must divide a GPU's share"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_plan(source, gpus, nothing | given)
+    with pytest.raises(ValueError, match=r"'Z' is no kind of layer; give some of M, \*, -, E"):
+        read_plan(source, 1, nothing | {"recompute": "MZ"})
+
+
+def test_a_run_that_says_nothing_has_the_defaults_of_training(tiny, tmp_path):
+    defaults = train.config.parse({"run_dir": "r", "model": {"config": tiny()}})
+    assert {key: getattr(defaults.train, key, None) or getattr(defaults.data, key, None) or "" for key in RUN_DEFAULTS} == {
+        key: value or "" for key, value in RUN_DEFAULTS.items()
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"config": tiny()}, "train": None}))
+    plan, steps = read_plan(str(tmp_path / "run.yaml"), 4, {})
+    assert (plan.precision, plan.sharding, plan.micro_batch, plan.seq_len, steps) == ("fp32", "none", 4, 512, 1000)
+
+
+def test_a_bare_shape_is_sharded_on_several_gpus():
+    source = str(SHAPES / "tiny.yaml")
+    assert read_plan(source, 1, {}) == (Plan(), None)
+    assert read_plan(source, 8, {}) == (Plan(gpus=8, sharding="fsdp2"), None)
+    assert read_plan(source, 8, {"sharding": "none"}) == (Plan(gpus=8), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verdict"),
+    [
+        (["--gpus", "8"], r"^fits: 6\d\.\d of 80\.0 GiB, 2\d% left for the allocator, CUDA and NCCL \(10% must be\)$"),
+        (
+            ["--gpus", "8", "--micro-batch", "2"],
+            r"^does not fit: 10\d\.\d of 80\.0 GiB, .* --recompute 'M\*-' \(\d\d\.\d GiB\), --micro-batch 1 \(6\d\.\d GiB\)$",
+        ),
+        (["--seq-len", "131072", "--gpus", "8"], "^does not fit: .* neither recomputing, nor a micro-batch of 1, nor more GPUs"),
+    ],
+)
+def test_the_verdict(arguments, verdict, capsys):
+    assert main(["inspect", str(SHAPES / "nemotron-h-8b.yaml"), "--memory", "80G", *arguments]) == 0
+    assert re.search(verdict, capsys.readouterr().out, flags=re.M)
+
+
+def test_a_remedy_does_what_it_says(capsys):
+    shape = str(SHAPES / "nemotron-h-56b.yaml")
+    assert main(["inspect", shape, "--memory", "80G", "--gpus", "8", "--json", "-"]) == 0
+    (way,) = json.loads(capsys.readouterr().out)["training"]["remedies"]
+    assert way["change"] == "--recompute 'M*-' --gpus 32"
+    assert main(["inspect", shape, "--memory", "80G", *shlex.split(way["change"]), "--json", "-"]) == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert training["fits"] and training["remedies"] == [] and training["peak_bytes"] == way["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80G", 80 * GIB), ("80GiB", 80 * GIB), ("79.6GiB", 79.6 * GIB), ("80GB", 80e9), ("80", None), ("0G", None), ("80T", None)],
+)
+def test_memory_is_in_either_unit(text, size, capsys):
+    command = ["inspect", str(SHAPES / "tiny.yaml"), "--memory", text, "--json", "-"]
+    if size is None:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "must be a number with G or GiB (2^30 bytes) or GB (10^9)" in capsys.readouterr().err
+    else:
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["training"]["memory_bytes"] == size
+
+
+def test_the_page_has_the_cost_of_a_cluster(capsys):
+    command = ["inspect", "configs/pretrain/nemotron-h-56b-fp8.yaml", "--gpus", "256", "--memory", "80G"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^at most +768 GPUs", out, flags=re.M) and re.search(
+        r"^the run +[\d,]+ days +20.0 T tokens", out, flags=re.M
+    )
+    assert re.search(r"^sending +1\.13 to 9\.06 s +a micro-batch, at 400 and at 50 GB/s", out, flags=re.M)
+    assert "activations of M- computed again" in out and "inference: its weights in bf16 do not fit in 80.0 GiB" in out
+    assert main([*command, "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    plan, _ = read_plan(command[1], 256, {})
+    assert content["training"]["peak_bytes"] == peak_bytes(read_config(command[1]), plan)
+    assert content["communication"]["most_gpus"] == 768
+
+
+def test_ddp_sends_gradients_alone_and_has_buckets(capsys):
+    assert main(["inspect", str(SHAPES / "nemotron-h-8b.yaml"), "--gpus", "8", "--sharding", "none", "--memory", "80G"]) == 0
+    out = capsys.readouterr().out
+    assert "each with the whole model (DDP)" in out and "its buckets for gradients" in out
+    assert not re.search("^gathered", out, flags=re.M) and re.search("^reduced .* a step: gradients", out, flags=re.M)
+    assert "inference: 80.0 GiB hold the weights in bf16 and the cache of 3,723,484 tokens" in out

@@ -1,0 +1,206 @@
+"""What training and inference need of a GPU's memory, from the configuration alone: bytes on one GPU.
+
+An estimate of the tensors, for the eager operators. The allocator's fragments, CUDA's context and NCCL's buffers come on top:
+`MARGIN` is left for them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hybridlm.configuration import HybridLMConfig
+from hybridlm.pattern import SYMBOLS
+from hybridlm.twin import count_parameters, parameters_by_kind
+
+GIB = 2**30
+MARGIN = 0.10  # share of a GPU's memory that must stay free for the allocator, CUDA and NCCL
+NODE = 8  # GPUs in a machine
+MOST_GPUS = 16_384  # past which no remedy is looked for
+LOGIT_ROWS = 256  # of the logits that exist at a time: LEAST_ROWS of the loss, for a vocabulary of over 8,192
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained; the fields are those of a run's configuration.
+
+    Attributes:
+        sharding: "none", each GPU has all weights (DDP on several), or "fsdp2".
+        recompute: kinds of layer, as pattern symbols, whose activations are computed again in backward.
+        micro_batch: sequences in one pass of a GPU.
+        global_batch: sequences in a step of all GPUs, where it is known.
+    """
+
+    gpus: int = 1
+    sharding: str = "none"
+    precision: str = "bf16"
+    recompute: str = ""
+    micro_batch: int = 1
+    seq_len: int = 8192
+    global_batch: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in the products. fp8 narrows only what enters one: it is kept, and sent, in bf16."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.seq_len
+
+
+def weight_bytes(config: HybridLMConfig) -> dict[str, int]:
+    """Of all weights. In fp8 the layers take 1 byte a parameter; embedding, head and last norm stay bf16."""
+    kinds, total = parameters_by_kind(config), count_parameters(config)
+    return {"fp32": 4 * total, "bf16": 2 * total, "fp8": total + kinds["embedding"] + kinds["head"] + kinds["norm"]}
+
+
+def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> int:
+    """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba-2 layer the
+    last inputs of the convolution, and a state that is fp32 whatever the rest is."""
+    c = config
+    attention = 2 * c.num_key_value_heads * c.head_dim * context * value_bytes
+    mamba = (c.conv_kernel - 1) * c.mamba_conv_size * value_bytes + c.mamba_inner_size * c.ssm_state_size * 4
+    return c.hybrid_override_pattern.count("*") * attention + c.hybrid_override_pattern.count("M") * mamba
+
+
+def longest_context(config: HybridLMConfig, memory: float) -> int | None:
+    """Tokens of one sequence whose cache a GPU has room for beside weights in bf16; None where the cache does not grow."""
+    room = memory * (1 - MARGIN) - weight_bytes(config)["bf16"] - cache_bytes(config, 0)
+    if not (a_token := cache_bytes(config, 1) - cache_bytes(config, 0)):
+        return None if room >= 0 else 0
+    return max(0, int(room // a_token))
+
+
+def block_activations(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> float:
+    """Bytes per token that one layer and its norm keep for backward, as autograd has it with the eager operators.
+
+    The residual stream is fp32 in any precision. In bf16 autocast makes a copy of it for every product that reads it, and
+    keeps the copy: attention reads its input three times.
+
+    Args:
+        w: bytes of a value in the products, 4 or 2.
+    """
+    c = config
+    d, inner, conv, h, n = c.hidden_size, c.mamba_inner_size, c.mamba_conv_size, c.mamba_num_heads, c.ssm_state_size
+    q, k = min(c.chunk_size, seq_len), c.num_experts_per_tok
+    latent, narrow = c.moe_latent_size or d, w < 4
+    query = c.head_dim * c.num_attention_heads
+    of_kind = {
+        # in_proj and the convolution's result; y before and after its norm, and its scales; the states between chunks; dt with
+        # its bias and after softplus.
+        "M": w * (inner + conv + h + conv + 2 * inner) + 4 * c.n_groups + 4 * inner * n / q + 8 * h,
+        # q, k, v, the product; the sums of its softmax (no weights are kept); the copies.
+        "*": w * 2 * (query + c.head_dim * c.num_key_value_heads) + 4 * c.num_attention_heads + narrow * w * (2 * d + query),
+        "-": w * c.intermediate_size,  # the squares
+        # k times the expert's input, output and squares; the shared one's squares; what is weighted, and routed, in fp32.
+        "E": w * (k * (2 * latent + c.moe_intermediate_size) + c.moe_shared_expert_intermediate_size)
+        + 4 * k * latent
+        + narrow * 4 * d
+        + (0 if c.moe_latent_size is None else w * (2 * latent + narrow * d)),
+    }
+    return 4 * d + w * d + 4 + of_kind[symbol]  # the norm's input, its result, its scale
+
+
+def block_work(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> float:
+    """Bytes per token that the backward pass of one layer needs beside what forward kept, at its fullest."""
+    c = config
+    q, k = min(c.chunk_size, seq_len), c.num_experts_per_tok
+    query = c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    of_kind = {
+        # All chunks at once: the decay of each pair of positions in float64 on its way to fp32; x, y and their gradients.
+        "M": 12 * c.mamba_num_heads * q + 20 * c.mamba_inner_size + w * c.mamba_conv_size,
+        "*": 3 * w * query,
+        "-": 3 * w * c.intermediate_size,  # the gradients after and before the square, and its root
+        "E": 3 * w * k * c.moe_intermediate_size + 8 * k * (c.moe_latent_size or c.hidden_size),
+    }
+    return 4 * c.hidden_size + of_kind[symbol]  # the residual stream's gradient
+
+
+def activation_bytes(config: HybridLMConfig, plan: Plan) -> float:
+    """What backward needs of a micro-batch when it begins: of a layer that is recomputed its input alone."""
+    each = {symbol: block_activations(config, symbol, plan.width, plan.seq_len) for symbol in set(config.hybrid_override_pattern)}
+    each |= dict.fromkeys(plan.recompute, 4 * config.hidden_size)
+    last = 8 * config.hidden_size + 8  # input and result of the last norm, its scale, and the loss
+    return plan.tokens * (sum(each[symbol] for symbol in config.hybrid_override_pattern) + last)
+
+
+def group_bytes(config: HybridLMConfig, w: int) -> dict[str, int]:
+    """What the parameters of a layer of each kind take when they are gathered: matrices in `w` bytes, the rest in fp32."""
+    c, kinds = config, parameters_by_kind(config)
+    wide = {
+        "M": c.mamba_conv_size * (c.conv_kernel + c.use_conv_bias) + 3 * c.mamba_num_heads + c.mamba_inner_size,
+        "E": c.n_routed_experts * c.hidden_size,
+    }
+    rest = {symbol: wide.get(symbol, 0) + c.hidden_size for symbol in set(c.hybrid_override_pattern)}
+    return {symbol: w * (kinds[symbol] - rest[symbol]) + 4 * rest[symbol] for symbol in rest}
+
+
+def state_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
+    """What is there all the time: fp32 weights, gradients, AdamW's two moments, over all GPUs or on each of them; where they are
+    whole, autocast's copy of the layers' matrices, and the buckets in which DDP sums gradients."""
+    total, sharded = count_parameters(config), plan.sharding == "fsdp2"
+    share = total / plan.gpus if sharded else total
+    copied = 0 if sharded or plan.width == 4 else sum(map(group_bytes(config, 2).__getitem__, config.hybrid_override_pattern))
+    buckets = 0 if sharded or plan.gpus == 1 else 4 * total
+    return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "copy": copied, "buckets": buckets}
+
+
+def moments(config: HybridLMConfig, plan: Plan) -> dict[str, dict[str, float]]:
+    """What comes on top of the state at the fullest moments of a step.
+
+    Under fsdp2 two blocks are gathered at a time, the one at work and the next, while the gradients of the one before it, whole
+    and in fp32, are on their way to the reduction.
+    """
+    c, w, tokens, sharded = config, plan.width, plan.tokens, plan.sharding == "fsdp2"
+    kinds, groups = parameters_by_kind(c), group_bytes(c, w)
+    kept = activation_bytes(c, plan)
+    work = {symbol: block_work(c, symbol, w, plan.seq_len) for symbol in groups}
+    for symbol in set(plan.recompute) & set(work):
+        work[symbol] += block_activations(c, symbol, w, plan.seq_len) - 4 * c.hidden_size  # its input is there
+    # The loss works on an fp32 copy of a weight that was gathered in bf16, and sums its gradient in fp32, which is copied once to
+    # be reduced.
+    head = (12 + w if sharded else 8) * kinds["head"]
+    return {
+        "loss": {"activations": kept, "head": head, "logits": 8 * min(LOGIT_ROWS, tokens) * c.vocab_size},
+        "layers": {
+            "activations": kept,
+            "work": tokens * max(work.values()),
+            "gathered": sharded * 2 * max(groups.values()),
+            "whole_gradients": sharded * 4 * max(kinds[symbol] for symbol in groups),
+        },
+        "embedding": {"embedding": (12 if sharded else 4) * kinds["embedding"]},  # gathered, its gradient, and that once more
+    }
+
+
+def peak_bytes(config: HybridLMConfig, plan: Plan) -> float:
+    """Of a training step."""
+    return sum(state_bytes(config, plan).values()) + max(sum(parts.values()) for parts in moments(config, plan).values())
+
+
+def fits(config: HybridLMConfig, plan: Plan, memory: float) -> bool:
+    return peak_bytes(config, plan) <= memory * (1 - MARGIN)
+
+
+def remedies(config: HybridLMConfig, plan: Plan, memory: float) -> list[Plan]:
+    """The plans nearest to one that does not fit that do: of one change each, or, where none helps, of several."""
+    everything = "".join(symbol for symbol in SYMBOLS if symbol in config.hybrid_override_pattern)
+    shared = plan if plan.gpus == 1 else replace(plan, sharding="fsdp2")
+    single = [replace(plan, recompute=everything), replace(plan, micro_batch=1), shared, *more_gpus(config, plan, memory)]
+    small = replace(plan, recompute=everything, micro_batch=1)
+    several = [small, replace(small, sharding=shared.sharding), *more_gpus(config, small, memory)]
+    for plans in (single, several):
+        if found := [p for p in dict.fromkeys(plans) if p != plan and fits(config, p, memory)]:
+            return found if plans is single else found[:1]
+    return []
+
+
+def more_gpus(config: HybridLMConfig, plan: Plan, memory: float) -> Iterator[Plan]:
+    """The plan on the least number of GPUs that fits, sharded: whole machines, and a batch that divides among them."""
+    whole = replace(plan, gpus=1, sharding="fsdp2")
+    state = sum(state_bytes(config, whole).values())
+    room = memory * (1 - MARGIN) - (peak_bytes(config, whole) - state)  # all but the state is the same on any number
+    for gpus in (2, 4, *range(NODE, MOST_GPUS + 1, NODE)):
+        divides = plan.global_batch is None or plan.global_batch % (gpus * plan.micro_batch) == 0
+        if gpus > plan.gpus and divides and state / gpus <= room:
+            yield replace(whole, gpus=gpus)
+            return

@@ -1,0 +1,65 @@
+from dataclasses import replace
+
+import pytest
+
+from hybridlm import HybridLMConfig
+from hybridlm.cluster import NIC, NVLINK, SUSTAINED, communication, sent_bytes, step_flops
+from hybridlm.flops import forward_flops, training_flops
+from hybridlm.memory import Plan
+from hybridlm.strict_yaml import load_yaml
+
+SHARDED = Plan(gpus=256, sharding="fsdp2", micro_batch=1, global_batch=768)
+
+
+@pytest.fixture(scope="module")
+def largest():
+    return HybridLMConfig.from_strict_dict(load_yaml("configs/model/nemotron-h-56b.yaml"))
+
+
+def test_what_is_sent(largest):
+    total, embedding = 56_324_350_464, 131072 * 8192
+    sent = sent_bytes(largest, SHARDED)
+    assert sent["reduced"] == 4 * total * 255 / 256
+    # Twice in bf16, the embedding twice in fp32; what else is fp32 is under a thousandth.
+    assert sent["gathered"] == pytest.approx((2 * 2 * total + 2 * 2 * embedding) * 255 / 256, rel=1e-3)
+    wide = sent_bytes(largest, replace(SHARDED, precision="fp32"))
+    assert wide["gathered"] == pytest.approx(2 * 4 * total * 255 / 256)
+    assert sent_bytes(largest, replace(SHARDED, sharding="none")) == {"gathered": 0, "reduced": 8 * total * 255 / 256}
+    assert sent_bytes(largest, replace(SHARDED, precision="fp8")) == sent
+
+
+def test_recomputing_costs_a_forward_pass_of_those_layers(largest):
+    plain = training_flops(largest, 8192)
+    forward = forward_flops(largest, 8192)
+    every = step_flops(largest, replace(SHARDED, recompute="M*-"))
+    assert every - plain == pytest.approx(sum(forward.values()) - forward["head"])
+    assert plain < step_flops(largest, replace(SHARDED, recompute="M")) < every
+
+
+def test_communication_hides_behind_enough_tokens(largest):
+    found = communication(largest, SHARDED, 3_178_914)
+    sent = sum(found["bytes"].values())
+    assert found["seconds_best"] == sent / 400e9 and found["seconds_worst"] == sent / NIC
+    # At that number of tokens both take as long.
+    for case in ("best", "worst"):
+        seconds = found[f"tokens_to_hide_{case}"] * step_flops(largest, SHARDED) / SUSTAINED
+        assert seconds == pytest.approx(found[f"seconds_{case}"])
+    assert found["compute_seconds"] == 8192 * training_flops(largest, 8192) / SUSTAINED
+    assert found["sequences_per_gpu"] == 3 and found["most_gpus"] == 768
+
+
+def test_a_run_takes_as_long_as_the_slower_of_the_two(largest):
+    steps = 3_178_914
+    found = communication(largest, SHARDED, steps)
+    assert found["tokens"] == pytest.approx(20e12, rel=1e-6)
+    assert found["days_best"] == pytest.approx(steps * 3 * found["compute_seconds"] / 86400)
+    assert found["days_worst"] == pytest.approx(steps * 3 * found["seconds_worst"] / 86400)  # 9.1 against 6.9 s
+    whole = communication(largest, replace(SHARDED, sharding="none"), steps)  # gradients once a step, not three times
+    assert whole["days_worst"] == pytest.approx(steps * max(3 * whole["compute_seconds"], whole["seconds_worst"]) / 86400)
+    assert "days_best" not in communication(largest, SHARDED, None)
+    assert "most_gpus" not in communication(largest, replace(SHARDED, global_batch=None), None)
+
+
+def test_within_a_machine_nvlink_carries_all(largest):
+    found = communication(largest, replace(SHARDED, gpus=8), None)
+    assert found["seconds_best"] == found["seconds_worst"] == sum(found["bytes"].values()) / NVLINK

@@ -1,0 +1,190 @@
+"""Every file of configs/, found by what is there: each parses, each shape is what it counts, each run takes a step."""
+
+import json
+import os
+import random
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.strict_yaml import load_yaml, parse_yaml
+from hybridlm.twin import count_parameters
+from train.config import SCHEMA, Train, dump, parse, parse_command_line
+from train.loop import train
+from train.optim import learning_rate
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").rglob("*.*"))
+SHAPES = [file for file in FILES if file.parent.name == "model"]
+ACCELERATE = [file for file in FILES if file.parent.name == "accelerate"]
+LAUNCH = [file for file in FILES if file.parent.name == "launch"]
+RUNS = [file for file in FILES if file not in SHAPES + ACCELERATE + LAUNCH]
+PAPER = [file for file in RUNS if file.name.startswith("nemotron-h-")]
+
+
+def every(files):
+    return pytest.mark.parametrize("file", files, ids=lambda file: str(file.relative_to(ROOT / "configs")))
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    """Where configs name their shapes from. Accelerate keeps its precision for the life of the process."""
+    monkeypatch.chdir(ROOT)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_there_are_files_of_every_kind():
+    assert all(file.suffix == ".yaml" for file in SHAPES + ACCELERATE + RUNS)
+    assert len(SHAPES) > 8 and len(RUNS) > 4 and len(ACCELERATE) > 3 and len(LAUNCH) > 1 and len(PAPER) > 2
+
+
+@every(RUNS)
+def test_a_run_parses_and_its_dump_reads_back_the_same(file):
+    config, _ = parse_command_line(["--config", str(file)])
+    assert parse(yaml.safe_load(dump(config))) == config
+    assert config.model.config is None or isinstance(config.model.config, dict)
+
+
+@every(SHAPES)
+def test_a_shape_builds_to_the_parameters_that_are_counted(file):
+    config = HybridLMConfig.from_strict_dict(load_yaml(file))
+    with torch.device("meta"):
+        model = HybridLMForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
+
+
+@every(RUNS)
+def test_a_runs_shape_is_one_of_the_shapes(file):
+    assert ROOT / load_yaml(file)["model"]["config"] in SHAPES
+
+
+def narrow(shape):
+    """The same kinds of layer in the same order, each kind at most twice, at widths that divide by 16."""
+    seen, pattern = {}, ""
+    for symbol in shape["hybrid_override_pattern"]:
+        seen[symbol] = seen.get(symbol, 0) + 1
+        pattern += symbol if seen[symbol] <= 2 else ""
+    sizes = {
+        "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "mamba_num_heads": 16, "mamba_head_dim": 4, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+    }  # fmt: skip
+    return shape | {key: size for key, size in sizes.items() if key in shape} | {"hybrid_override_pattern": pattern}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """As many small sources as the largest blend names, and where what is made of them is kept."""
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+    for name in "abcd":
+        lines = [json.dumps({"text": " ".join(draw.choices(["the", "cat", "sat", "on", "a", "mat"], k=20))}) for _ in range(20)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@every(RUNS)
+def test_a_run_takes_a_step(file, texts, tmp_path):
+    """With every setting of its own but sizes, sources and the number of steps."""
+    values = SCHEMA.dump_python(parse_command_line(["--config", str(file)])[0])
+    values["run_dir"] = str(tmp_path / "run")
+    values["model"]["config"] = narrow(values["model"]["config"])
+    data = values["data"]
+    data |= {"seq_len": 32, "tokenizer": None, "cache_dir": str(texts / "cache"), "workers": 0}
+    if data["blend"]:
+        for entry, name in zip(data["blend"], "abcd", strict=True):
+            entry["source"] = str(texts / f"{name}.jsonl")
+    else:
+        data["source"] = str(texts / "a.jsonl")
+    data["val_source"] = data["val_source"] and str(texts / "a.jsonl")
+    values["train"] |= {"steps": 1, "global_batch": 2, "micro_batch": values["train"]["micro_batch"] and 1, "val_sequences": 2}
+    values["log"] |= {"sample_tokens": min(2, values["log"]["sample_tokens"]), "wandb": False}
+    if values["train"]["precision"] == "fp8":
+        emulated = "fp8_emulate" in {field.name for field in fields(Train)}
+        values["train"] |= {"fp8_emulate": True} if emulated else {"precision": "bf16"}
+    config = parse(parse_yaml(json.dumps(values)))
+    train(config)
+    (line,) = [line for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    assert line["step"] == 1 and 5 < line["loss"] < 6.5  # ln(272) = 5.6
+    assert HybridLMForCausalLM.from_pretrained(tmp_path / "run/model").config.vocab_size == config.model.config["vocab_size"]
+
+
+@every(PAPER)
+def test_what_the_paper_says_of_a_run(file):
+    config, _ = parse_command_line(["--config", str(file)])
+    tokens, batch = (20e12 if "56b" in file.name else 15e12), config.train.global_batch * config.data.seq_len
+    assert (config.train.global_batch, config.data.seq_len) == (768, 8192)
+    assert config.train.steps == round(tokens / batch)
+    assert round(config.schedule.warmup * config.train.steps) == 2000
+    assert config.data.phases[:2] == (0.6, 0.8)
+    last = (1 - config.data.phases[2]) * config.train.steps * batch
+    assert last == pytest.approx(380e9, rel=1e-3)
+    rate = learning_rate(config.optim, config.schedule, config.train.steps)
+    steps = config.train.steps
+    assert rate(2000) == rate(int(0.8 * steps)) == 4.5e-4 and rate(steps) == pytest.approx(4.5e-6)
+    assert config.train.sharding == "fsdp2" and config.train.precision == file.stem.rsplit("-", 1)[1]
+    assert config.log.sample_tokens == 0
+
+
+@every(ACCELERATE)
+def test_accelerate_reads_its_files(file):
+    config = load_config_from_file(str(file))
+    assert config.mixed_precision == "no"  # the run decides
+    kind = config.distributed_type.value
+    assert kind == {"single": "NO", "ddp": "MULTI_GPU"}.get(file.stem, "FSDP")
+    assert config.num_processes == {"single": 1, "fsdp2-multi-node": 16}.get(file.stem, 8)
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+    assert config.num_machines == (2 if "multi" in file.stem else 1)
+
+
+def test_the_pods_of_kubernetes_have_what_a_run_needs():
+    job = load_yaml(ROOT / "configs/launch/kubernetes.yaml")
+    assert job["kind"] == "PyTorchJob"
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    pod = worker["template"]["spec"]
+    (container,) = pod["containers"]
+    assert worker["replicas"] == job["spec"]["elasticPolicy"]["maxReplicas"] == 2 and container["name"] == "pytorch"
+    wait = {entry["name"]: entry["value"] for entry in container["env"]}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    assert int(wait) < pod["terminationGracePeriodSeconds"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (command,) = container["args"]
+    arguments = command.split(" -m train ")[1].split()
+    assert parse_command_line(arguments)[0].run_dir.startswith("/shared/")
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(command.split("--nproc_per_node ")[1].split()[0])
+
+
+STAND_INS = {
+    "scontrol": '[ "$1" = show ] && printf "node1\\nnode2\\n" || echo "scontrol $*" >> calls',
+    "srun": 'echo "srun $*" >> calls\ntrap \'echo "srun got TERM" >> calls; exit 0\' TERM\n'
+    'if [ -n "$SIGNALLED" ]; then kill -USR1 $PPID; for i in $(seq 100); do sleep 0.1; done; fi; exit 3',
+}
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_slurms_script_stops_in_time_and_comes_again(signalled, tmp_path):
+    """With stand-ins for Slurm's commands, one of which sends the signal that comes before the time limit."""
+    script = ROOT / "configs/launch/slurm.sh"
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+        "SIGNALLED": "yes" if signalled else "",
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(script), "run.yaml", "--seed", "1"], cwd=tmp_path, env=environment, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "torchrun --nnodes 2 --nproc_per_node 8" in calls[0] and "--rdzv_endpoint node1:20007" in calls[0]
+    assert calls[0].endswith("-m train --config run.yaml --seed 1")
+    assert calls[1:] == (["srun got TERM", "scontrol requeue 7"] if signalled else [])
+    assert done.returncode == (0 if signalled else 3)
+    ahead, grace = (int(re.search(pattern, script.read_text())[1]) for pattern in (r"USR1@(\d+)", r"SHUTDOWN_TIMEOUT=(\d+)"))
+    assert 30 < grace < ahead
