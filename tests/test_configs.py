@@ -14,7 +14,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 
+import hybridlm.__main__
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.memory import GIB, Plan, fits, peak_bytes
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
 from train.config import SCHEMA, Train, dump, parse, parse_command_line
@@ -132,6 +134,33 @@ def test_what_the_paper_says_of_a_run(file):
     assert rate(2000) == rate(int(0.8 * steps)) == 4.5e-4 and rate(steps) == pytest.approx(4.5e-6)
     assert config.train.sharding == "fsdp2" and config.train.precision == file.stem.rsplit("-", 1)[1]
     assert config.log.sample_tokens == 0
+
+
+@every([file for file in RUNS if "# inspect: " in file.read_text()])
+def test_a_run_needs_what_its_file_says(file, run_main):
+    text = file.read_text()
+    need, memory, gpus, left = re.search(
+        r"# inspect: ([\d.]+) of (\d+) GiB on (?:each of )?(\w+) GPUs?, (\d+%) left", text
+    ).groups()
+    command = re.search(r"python -m hybridlm (inspect .*)", text)[1].split()
+    assert str(file).endswith(command[1]) and (f"--gpus {gpus}" in text) == (gpus != "one")
+    _, out, _ = run_main(hybridlm.__main__.main, *command)
+    assert f"\nfits: {need} of {memory}.0 GiB, {left} left" in out
+    if days := re.search(r"([\d,]+) days", text):
+        assert re.search(rf"^the run +{days[1]} ", out, flags=re.M)
+
+
+def test_the_tables_of_scale_are_those_of_inspect():
+    text = (ROOT / "docs/scale.md").read_text()
+    tables = re.findall(r"\| (8B|56B) on GPUs \| nothing (.*?)\n\n", text, flags=re.S)
+    assert len(tables) == 2
+    for size, rows in tables:
+        config = HybridLMConfig.from_strict_dict(load_yaml(f"configs/model/nemotron-h-{size.lower()}.yaml"))
+        for gpus, *cells in re.findall(r"\| (\d+)" + r" \| (\S+)" * 4, rows):
+            for recompute, cell in zip(("", "M", "M-", "M*-"), cells, strict=True):
+                plan = Plan(gpus=int(gpus), sharding="fsdp2", precision="fp8", recompute=recompute)
+                value = f"{peak_bytes(config, plan) / GIB:.1f}"
+                assert cell == (f"**{value}**" if fits(config, plan, 80 * GIB) else value), (size, gpus, recompute)
 
 
 @every(ACCELERATE)
