@@ -46,7 +46,6 @@ PARTS = {  # of the fullest moments, as a person reads them
     "work": "backward of a layer",
     "gathered": "two layers gathered",
     "whole_gradients": "gradients of one before reduction",
-    "embedding": "its weight and gradient",
 }
 
 
