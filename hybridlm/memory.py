@@ -148,7 +148,7 @@ def state_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
 def moments(config: HybridLMConfig, plan: Plan) -> dict[str, dict[str, float]]:
     """What comes on top of the state at the fullest moments of a step.
 
-    The gradient of the embedding, which is as large as the head, comes when all activations are gone, and takes less than the loss.
+    The gradient of the embedding, as large as the head, comes when all activations are gone, and takes less than the loss.
 
     Under fsdp2 two blocks are gathered at a time, the one at work and the next, while the gradients of the one before it, whole
     and in fp32, are on their way to the reduction.
