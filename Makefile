@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export WANDB_SILENT ?= true
 
-.PHONY: setup demo bench test faults check gpu-check clean
+.PHONY: setup demo bench test faults scale check gpu-check clean
 
 setup: .venv/ready
 
@@ -25,6 +25,9 @@ test: .venv/ready
 
 faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; and what the care costs; about eleven minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m faults tests
+
+scale: .venv/ready  ## real launches of 1 to 4 ranks, sharded and not, restarts, two agents, FP8 against bf16; about N minutes on two cores
+	$(BIN)/python -m pytest -m scale tests
 
 check: .venv/ready
 	$(BIN)/ruff check .
