@@ -117,7 +117,6 @@ def test_any_number_of_ranks_reads_all_of_it_and_writes_the_same_bytes(tmp_path,
         model, optimizer = build(group)
         checkpoint.load(folder, model, optimizer, group)
         assert holds(model, optimizer, 7)
-        assert all(isinstance(p, DTensor) and isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in model.parameters())
         with torch.no_grad():
             model.eval()(torch.arange(12)[None])
         assert not all(isinstance(p, DTensor) for p in model.parameters())  # FSDP2 leaves some gathered, for a backward pass
@@ -126,6 +125,7 @@ def test_any_number_of_ranks_reads_all_of_it_and_writes_the_same_bytes(tmp_path,
             model(torch.arange(12)[None])
         checkpoint.load(folder, model, optimizer, group)
         assert holds(model, optimizer, 7)
+        assert all(isinstance(p, DTensor) and isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in model.parameters())
         weights, _ = build(group)
         checkpoint.load_weights(folder / "model", weights, group)
         assert all(rows(tensor, value(name, tensor.shape, 7)) for name, tensor in weights.state_dict().items())
@@ -260,6 +260,12 @@ def test_what_else_fails_on_one_rank_is_told_on_all(tmp_path, run_ranks, monkeyp
             if rank == 1:
                 patch.setattr(tensor_files, "_most_received", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
             save(tmp_path, 1, model, optimizer, group)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=r"rank 1: \[Errno 5\] broken for once"):
+            if rank == 1:
+                patch.setattr(files, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken for once")))
+            save(tmp_path, 1, model, optimizer, group)
+        distributed.barrier()
+        assert not list((tmp_path / "checkpoints").iterdir())
         with pytest.raises(OSError, match=r"rank 1: .*elsewhere.*run_dir must be on a disk that all ranks share"):
             save(tmp_path / ("elsewhere" if rank == 1 else "here"), 1, model, optimizer, group)
         folder = save(tmp_path, 1, model, optimizer, group)
