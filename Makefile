@@ -34,9 +34,9 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu-check: .venv/ready  ## on a CUDA machine with the packages of [cuda]: the fused operators against the specification, and their speed
+gpu-check: .venv/ready  ## on a CUDA machine with the packages of [cuda]: the fused operators against the specification, and their speed; FP8 beside bf16
 	$(BIN)/python -m hybridlm doctor --fused
-	$(BIN)/python -m pytest -m gpu tests/hybridlm/ops/test_fused.py
+	$(BIN)/python -m pytest -m gpu tests/hybridlm/ops/test_fused.py tests/hybridlm/test_fp8.py
 	$(BIN)/python -m eval gpu-check --json gpu-check.json
 
 clean:

@@ -35,10 +35,14 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def gpu_check(args: argparse.Namespace) -> None:
-    from eval.gpu_check import COLUMNS, check
+    from eval.gpu_check import COLUMNS, FP8_COLUMNS, check
+    from eval.output import rows_table
 
     content = check()
     output(content, content["rows"], COLUMNS, args.json)
+    if args.json != "-":
+        fp8 = content["fp8"]
+        print("\n" + (fp8.get("refused") or f"fp8: {fp8['layers']}\n{rows_table(fp8['rows'], FP8_COLUMNS)}"))
 
 
 def output(content: object, rows: list[dict], columns: dict[str, str], json_path: str | None) -> None:
@@ -143,7 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
         "gpu-check",
         gpu_check,
         "speed of the fused operators on a CUDA device: a hybrid of 1B parameters beside its Transformer twin and beside stock "
-        "transformers, in training (4 x 4,096 tokens, bf16 autocast) and generation, in turns; medians.",
+        "transformers, in training (4 x 4,096 tokens, bf16 autocast) and generation, in turns; medians. Then it is trained in "
+        "FP8 beside bf16, where FP8 runs.",
     )
     sub.add_argument("--json", type=json_file, metavar="PATH", help="write the figures there; - prints them, and no table")
     return parser

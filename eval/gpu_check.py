@@ -1,5 +1,5 @@
 """The speed of the fused operators on a GPU: a hybrid beside its Transformer twin and beside stock transformers with the hybrid's
-own weights, in training and in generation.
+own weights, in training and in generation; and the hybrid trained in FP8 beside itself in bf16.
 
 The contenders take turns, so that whatever else the machine does hits all alike; figures are medians.
 """
@@ -20,6 +20,7 @@ from transformers import NemotronHForCausalLM
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.flops import peak_flops, training_flops
+from hybridlm.fp8 import convert, refusal, summary
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.output import quiet
 from hybridlm.strict_yaml import load_yaml
@@ -28,23 +29,28 @@ from hybridlm.twin import transformer_twin
 T = TypeVar("T")
 
 SHAPE = Path(__file__).parent.parent / "configs" / "model" / "bench-1b.yaml"
-PACKAGES = ("torch", "transformers", "triton", "mamba-ssm", "causal-conv1d")
+PACKAGES = ("torch", "transformers", "triton", "mamba-ssm", "causal-conv1d", "torchao")
 HYBRID, TWIN, STOCK = "hybridlm, hybrid", "hybridlm, Transformer twin", "transformers, the same hybrid"
 WARM_UP = 2  # turns that are not timed: the kernels tune themselves
 COLUMNS = {
     "model": "model", "parameters": "parameters", "training_tokens_per_second": "training tok/s", "mfu": "MFU", "loss": "loss",
     "prefill_tokens_per_second": "prefill tok/s", "decode_tokens_per_second": "decode tok/s",
 }  # fmt: skip
+FP8_COLUMNS = {
+    "precision": "precision", "training_tokens_per_second": "training tok/s", "mfu": "MFU", "first_loss": "first loss",
+    "last_loss": "last loss",
+}  # fmt: skip
 
 
 def check() -> dict[str, Any]:
-    """`measure` at its real size.
+    """`measure` at its real size, and under `fp8` what `measure_fp8` gives.
 
     Raises:
         ValueError: no CUDA device, or no kernels: the error names what is missing.
     """
     config = HybridLMConfig.from_strict_dict(load_yaml(SHAPE))
-    return measure(config, "cuda", "fused", batch=4, seq_len=4096, prompt=4096, new=128, repeats=10)
+    content = measure(config, "cuda", "fused", batch=4, seq_len=4096, prompt=4096, new=128, repeats=10)
+    return content | {"fp8": measure_fp8(config, "cuda", "fused", batch=4, seq_len=4096, steps=20)}
 
 
 def measure(
@@ -90,6 +96,43 @@ def measure(
     }  # fmt: skip
 
 
+def measure_fp8(
+    config: HybridLMConfig, device: str, backend: str, *, batch: int, seq_len: int, steps: int, emulate: bool = False
+) -> dict[str, Any]:
+    """The model trained in bf16 and, from the same weights, in FP8, in turns, always on the same sequences of random tokens.
+
+    Returns:
+        `layers`, what became of the linear layers, and `rows`, one for each precision: speed in tokens per second, the update
+        of the weights included; `mfu` of the peak of that precision; `losses` of the steps after the warm-up, nats per token.
+        Where FP8 cannot run, `refused` alone: why.
+    """
+    if fault := refusal(device, emulate):
+        return {"refused": f"fp8 {fault}"}
+    models = {}
+    for precision in ("bf16", "fp8"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            models[precision] = HybridLMForCausalLM(config, backend=backend).train()
+    convert(models["fp8"], device, emulate=emulate)
+    optimizers = {model: torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True) for model in models.values()}
+    with tqdm(total=2 * (WARM_UP + steps), desc="timing fp8", unit=" steps") as bar:
+        found = in_turns(models, lambda model, turn: train_step(model, batch, seq_len, 0, optimizers[model]), steps, bar)
+    rows = []
+    for precision, results in found.items():
+        speed = batch * seq_len / statistics.median(seconds for seconds, _ in results)
+        peak = peak_flops(torch.cuda.get_device_name() if device == "cuda" else "cpu", precision)
+        losses = [loss for _, loss in results]
+        rows.append({
+            "precision": precision,
+            "training_tokens_per_second": speed,
+            "mfu": speed * training_flops(config, seq_len) / peak if peak else None,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "losses": losses,
+        })  # fmt: skip
+    return {"layers": summary(models["fp8"]), "rows": rows}
+
+
 def build(config: HybridLMConfig, device: str, backend: str) -> dict[str, Any]:
     """The contenders, in training mode, fp32."""
     torch.manual_seed(0)
@@ -130,8 +173,10 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train_step(model: Any, batch: int, seq_len: int, turn: int) -> tuple[float, float]:
-    """Seconds of forward and backward, and the loss in nats per token."""
+def train_step(
+    model: Any, batch: int, seq_len: int, turn: int, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[float, float]:
+    """Seconds of forward and backward, and of the update where there is an optimizer; the loss in nats per token."""
     ids = random_tokens(model, batch, seq_len, turn)
     targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
     start = clock(model.device)
@@ -141,6 +186,8 @@ def train_step(model: Any, batch: int, seq_len: int, turn: int) -> tuple[float, 
         else:
             loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
+    if optimizer is not None:
+        optimizer.step()
     seconds = clock(model.device) - start
     model.zero_grad()
     return seconds, loss.item()

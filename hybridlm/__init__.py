@@ -1,5 +1,6 @@
 """Hybrid Mamba-2/Transformer language models: train, evaluate, load anywhere."""
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["HybridLMConfig", "HybridLMForCausalLM", "HybridLMModel", "register_nemotron_h"]
+
+# transformers imports torchao where it is installed, which tells of kernels and types that nothing here uses.
+_NOISE = ("Failed to load ", "<enum 'KernelPreference'> is an Enum", "<enum 'ScaleCalculationMode'> is an Enum")
+for _source in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_source).addFilter(lambda record: not record.getMessage().startswith(_NOISE))
 
 
 def __getattr__(name: str):

@@ -126,7 +126,11 @@ class Train:
     micro_batch: Positive | None = None
     """sequences in one forward pass of a rank; default: all of its share of the batch"""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """arithmetic of the matrix products; weights and optimiser stay fp32. bf16 pays on GPUs and on CPUs with bf16 units"""
+    """arithmetic of matrix products; weights and optimiser stay fp32. bf16 pays on GPUs and CPUs with bf16 units, fp8 on GPUs"""
+    fp8_unfit: Literal["stop", "bf16"] = "stop"
+    """with fp8, what to do at a linear layer whose sizes do not divide by 16: stop and name it, or leave it in bf16"""
+    fp8_emulate: bool = False
+    """with fp8, compute the same numbers without FP8 units, slowly: on CPUs and older GPUs"""
     sharding: Literal["none", "fsdp2"] = "none"
     """fsdp2: parameters, gradients and optimiser state are split over the ranks; none: each rank has all of them"""
     recompute: str = ""

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hybridlm import HybridLMForCausalLM
 from train.telemetry import gradient_norms, layers
+from train.tensor_files import local
 
 NAMED = 20  # of the tensors that are not finite; the others are counted
 MOST_SKIPS = 20  # steps in a row
@@ -149,8 +149,7 @@ def _number(value: float) -> float | str:
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     named = dict(tensors)
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in named.values()]  # a rank's own
-    finite = torch.stack([t.detach().isfinite().all() for t in parts]).tolist() if named else []
+    finite = torch.stack([local(t).isfinite().all() for t in named.values()]).tolist() if named else []
     names = [name for name, ok in zip(named, finite, strict=True) if not ok]
     return {"count": len(names), "names": names[:NAMED]}
 

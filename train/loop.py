@@ -32,6 +32,7 @@ from train.optim import adamw, learning_rate, micro_batches
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, watch
 from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
+from train.sharding import scale_weights
 from train.signals import stop_signals
 from train.telemetry import gradient_norms, mamba_statistics, over_ranks, rank_figures
 from train.validation import any_rank, sample_text, validation_loss
@@ -60,7 +61,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     accelerator = Accelerator(
         # Without it, CPU processes under torchrun would not find each other. Other accelerators lack the float64 of SSD's decay.
         cpu=not torch.cuda.is_available(),
-        mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
+        # FP8 is in the layers themselves; what is around them is bf16.
+        mixed_precision="no" if config.train.precision == "fp32" else "bf16",
         log_with="wandb" if config.log.wandb else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(config.train.timeout))],
     )
@@ -112,6 +114,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
         # 2. The machine.
         bare, optimizer = model, accelerator.prepare(optimizer)
+        gathers_fp8 = mesh is not None and config.train.precision == "fp8"
+        if gathers_fp8:
+            scale_weights(bare)
         if mesh is None:
             model = accelerator.prepare(model)
         sidecars = checkpoint.sidecars(bare, tokenizer) if main else {}
@@ -182,9 +187,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             total = torch.zeros((), device=accelerator.device)
             for i, inputs in enumerate(batch):
                 own = module is bare or i == len(batch) - 1
-                with nullcontext() if own else accelerator.no_sync(model), accelerator.autocast():
-                    # The mean over all targets of the global batch; data-parallel wrappers average over ranks.
-                    part = loss(module, inputs).sum() / max(targets, 1)
+                with nullcontext() if own else accelerator.no_sync(model):
+                    with accelerator.autocast():  # not of backward: it would narrow once more what is fp32 on purpose
+                        # The mean over all targets of the global batch; data-parallel wrappers average over ranks.
+                        part = loss(module, inputs).sum() / max(targets, 1)
                     accelerator.backward(part * accelerator.num_processes)
                 total += part.detach()
             return total
@@ -256,6 +262,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step + 1)
                 optimizer.step()
+                if gathers_fp8:
+                    scale_weights(bare)
                 spikes.accept(nats)
             optimizer.zero_grad()
             step += 1

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, fp8
 from hybridlm.checkpoint import check_folder, load_tokenizer
 from hybridlm.data.blend import Blend
 from hybridlm.data.packing import BestFit
@@ -59,6 +59,9 @@ def build_model(
         shape = HybridLMConfig.from_strict_dict(config.model.config)
     with torch.device("meta"):
         model = HybridLMForCausalLM(shape, backend=config.ops.backend).train()
+    if config.train.precision == "fp8":
+        unfit, emulate = config.train.fp8_unfit, config.train.fp8_emulate
+        fp8.convert(model, device, unfit=unfit, emulate=emulate, all_gather=mesh is not None)
     sharding.recompute(model, config.train.recompute)
     if mesh is not None:
         sharding.shard(model, mesh, COMPUTE[config.train.precision])
@@ -244,6 +247,8 @@ def describe(
     held = f"each rank has 1/{ranks} of weights, gradients and optimiser state" if shares else "each rank has the whole model"
     again = config.train.recompute
     print(f"sharding    {held}; computed again in backward: {again or 'nothing'}")
+    if config.train.precision == "fp8":
+        print(f"fp8         {'emulated, ' * config.train.fp8_emulate}{fp8.summary(model)}")
     print(f"launcher    {launch.told(os.environ)}; timeout {config.train.timeout:g} s")
     print(f"operators   {', '.join(f'{op} {name}' for op, name in model.ops.backends.items())}")
     print(f"run         {config.run_dir}" + (f", going on from step {step}" if step else ""), flush=True)

@@ -12,13 +12,15 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.mixers.moe import MoE
 from hybridlm.modeling import Block
+from train.tensor_files import local
 
 
 def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) -> None:
@@ -43,8 +45,27 @@ def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) ->
             wide(block)
     wide(model.backbone.embeddings)
     narrow(model.lm_head)
+    if mesh.device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(GatherBytes())
     # Else what is the root's own would stay gathered after a pass without backward, and parameters() would give other tensors.
     wide(model, reshard_after_forward=True)
+
+
+class GatherBytes(DefaultAllGather):
+    """gloo knows no FP8, but bytes."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs):
+        return super().__call__(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), *args, **kwargs)
+
+
+def scale_weights(model: nn.Module) -> None:
+    """Takes the scales of all weights that are gathered in FP8, as they are now, in one message; else each weight would take its
+    own when it is gathered. All ranks must call it where the weights have changed."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
@@ -98,7 +119,7 @@ def put(target: Tensor, whole: Tensor, source: int) -> None:
     if isinstance(target, DTensor):
         here = torch.empty(target.shape, device=target.device) if whole.is_meta else whole.to(target.device)
         part = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=source)
-        target.to_local().copy_(part.to_local())
+        local(target).copy_(part.to_local())
     else:
         target.copy_(whole)
 

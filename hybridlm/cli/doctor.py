@@ -73,7 +73,7 @@ def examine() -> tuple[str, bool, bool]:
         machine += [(name, asked(question)) for name, question in (("cpu", cpu), ("cuda", cuda))]
     if usable:
         can_fuse = asked(fused)
-        machine += [("operators", asked(operators)), ("fused", can_fuse)]
+        machine += [("operators", asked(operators)), ("fused", can_fuse), ("fp8", asked(fp8))]
     else:
         machine.append(("operators", "none: torch and transformers must work first"))
     return f"{table(machine, '<<')}\n\n{table(rows, '<<<<')}", usable, can_fuse == "yes"
@@ -115,3 +115,13 @@ def fused() -> str:
     except ValueError as error:
         return f"no. {error}"
     return "yes"
+
+
+def fp8() -> str:
+    """Whether `train.precision: fp8` runs here without emulation: "yes", or "no" and what it lacks."""
+    import torch
+
+    from hybridlm.fp8 import refusal
+
+    fault = refusal("cuda" if torch.cuda.is_available() else "cpu")
+    return "yes" if fault is None else f"no. train.precision=fp8 {fault}"

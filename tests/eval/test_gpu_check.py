@@ -5,7 +5,7 @@ import torch
 from tqdm import tqdm
 
 from eval import gpu_check
-from eval.gpu_check import HYBRID, STOCK, TWIN, in_turns, measure
+from eval.gpu_check import HYBRID, STOCK, TWIN, in_turns, measure, measure_fp8
 from hybridlm import HybridLMConfig
 from hybridlm.flops import training_flops
 from hybridlm.pattern import evenly_dispersed
@@ -95,7 +95,7 @@ def test_training_runs_forward_and_backward_under_autocast_and_leaves_the_weight
         seconds, loss = gpu_check.train_step(model, 2, 24, turn=0)
         assert seconds > 0 and loss == pytest.approx(torch.log(torch.tensor(258.0)).item(), rel=0.1)
         assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before[name], strict=True))
-    assert dtypes == [torch.bfloat16]  # stock's; ours has its loss without the logits
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]  # the losses of ours; the logits of stock
     draws = [gpu_check.random_tokens(model, 2, 24, turn) for turn in (0, 1, 1)]
     assert not torch.equal(*draws[:2]) and torch.equal(*draws[1:])
     assert len(ran) == sum(len(list(model.parameters())) for model in models.values())
@@ -123,12 +123,48 @@ def test_the_yardstick_is_what_its_file_says():
     assert f"= {count_parameters(config):,}\n" in text
 
 
-def test_the_command_writes_the_figures(command, monkeypatch, small, tmp_path):
-    monkeypatch.setattr(gpu_check, "check", lambda: measure(small(), "cpu", "auto", **SIZES))
+@pytest.mark.parametrize("emulate", [True, False])
+def test_the_command_writes_the_figures(command, monkeypatch, small, tmp_path, emulate):
+    def check():
+        fp8 = measure_fp8(
+            small(mamba_num_heads=16, ssm_state_size=8), "cpu", "auto", batch=2, seq_len=24, steps=2, emulate=emulate
+        )
+        return measure(small(), "cpu", "auto", **SIZES) | {"fp8": fp8}
+
+    monkeypatch.setattr(gpu_check, "check", check)
     status, out, err = command("gpu-check", "--json", tmp_path / "gpu.json")
     assert status == 0, err
     assert HYBRID in out and "training tok/s" in out
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 3
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(content["rows"]) == 3
+    if emulate:
+        assert "fp8: 8 of 17 linear layers" in out and "last loss" in out
+        assert [row["precision"] for row in content["fp8"]["rows"]] == ["bf16", "fp8"]
+    else:
+        assert "fp8 needs a CUDA device, and this is cpu" in out
+        assert content["fp8"].keys() == {"refused"}
+
+
+def test_fp8_is_trained_beside_bf16_from_the_same_weights_on_the_same_tokens(small, monkeypatch):
+    monkeypatch.setattr(gpu_check, "peak_flops", lambda name, precision: {"cpu bf16": 1e6, "cpu fp8": 2e6}[f"{name} {precision}"])
+    config = small(mamba_num_heads=16, ssm_state_size=8)
+    content = measure_fp8(config, "cpu", "auto", batch=2, seq_len=24, steps=6, emulate=True)
+    bf16, fp8 = content["rows"]
+    assert content["layers"].startswith("8 of 17 linear layers")
+    for row, peak in ((bf16, 1e6), (fp8, 2e6)):
+        assert row["mfu"] == row["training_tokens_per_second"] * training_flops(config, 24) / peak
+        assert len(row["losses"]) == 6 and [row["first_loss"], row["last_loss"]] == [row["losses"][0], row["losses"][-1]]
+        assert row["last_loss"] < row["first_loss"] - 0.01  # the weights move
+    assert fp8["losses"] != bf16["losses"]
+    assert fp8["losses"] == pytest.approx(bf16["losses"], rel=2e-3)
+
+
+def test_the_real_check_has_both_parts(monkeypatch):
+    calls = {}
+    monkeypatch.setattr(gpu_check, "measure", lambda config, *given, **sizes: calls.update(measure=given) or {"rows": []})
+    monkeypatch.setattr(gpu_check, "measure_fp8", lambda config, *given, **sizes: calls.update(fp8=given) or {"refused": "no"})
+    assert gpu_check.check() == {"rows": [], "fp8": {"refused": "no"}}
+    assert calls == {"measure": ("cuda", "fused"), "fp8": ("cuda", "fused")}
 
 
 def test_without_a_gpu_the_command_says_what_is_missing(command, monkeypatch):

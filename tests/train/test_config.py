@@ -37,6 +37,8 @@ def test_faults_of_the_model_shape_are_told_too():
         ({"run_dir": "r"}, "model.config"),
         ({"model": {"config": "configs/model/tiny.yaml"}}, "run_dir is missing"),
         (TINY | {"schedule": {"warmup": 0.6, "decay": 0.6}}, "together at most 1"),
+        (TINY | {"train": {"precision": "fp4"}}, "fp8"),
+        (TINY | {"train": {"fp8_unfit": "skip"}}, "train.fp8_unfit: .*'stop' or 'bf16'.*'skip'"),
         (TINY | {"model": {"config": "nothing.yaml"}}, "no file nothing.yaml"),
         (TINY | {"optim": {"lr": -1.0}}, "greater than 0"),
         (TINY | {"log": {"wandb": "no"}}, "valid boolean"),

@@ -124,3 +124,15 @@ def test_the_packages_are_the_projects():
     project = PROJECT.read_text()
     wanted = re.findall(r"'([\w-]+>=[\d.]+)'", " ".join(command for _, _, command in doctor.PACKAGES.values()))
     assert len(wanted) == 9 and all(f'"{requirement}"' in project for requirement in wanted)
+
+
+def test_whether_fp8_runs_is_told(capsys, monkeypatch):
+    import torch
+
+    assert line(run(capsys)[1], "fp8").startswith(
+        "fp8        no. train.precision=fp8 needs a CUDA device, and this is cpu: use train"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("hybridlm.fp8.refusal", lambda device: None if device == "cuda" else "x")
+    monkeypatch.setattr("hybridlm.ops.backend.can_fuse", lambda: False)
+    assert line(run(capsys)[1], "fp8").split() == ["fp8", "yes"]
