@@ -363,3 +363,17 @@ def test_validation_and_saving_do_not_count_as_time_of_training(make_config, mon
 def test_only_the_newest_checkpoints_stay(make_config):
     train(make_config(train__checkpoint_every=2, train__keep_checkpoints=3))
     assert sorted(p.name for p in (Path(make_config().run_dir) / "checkpoints").iterdir()) == ["step-4", "step-6", "step-8"]
+
+
+def test_backward_runs_outside_of_autocast(make_config):
+    """Within, the products that are fp32 on purpose would be narrowed, and those in bf16 would be slow on a CPU without its units."""
+    seen = []
+
+    def loss(model, batch):
+        nats = next_token_loss(model, batch)
+        seen.append(torch.is_autocast_enabled("cpu"))
+        nats.register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
+        return nats
+
+    train(make_config(train__precision="bf16", train__steps=2), loss=loss)
+    assert seen == [True, False] * 2
