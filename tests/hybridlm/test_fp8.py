@@ -113,6 +113,11 @@ def test_where_fp8_cannot_run_it_says_why(fitting, monkeypatch):
         ("torchao", ModuleNotFoundError("No module named 'torchao'", name="torchao"), ""),
         (
             "torchao.float8",
+            ModuleNotFoundError("No module named 'dep'", name="dep"),
+            " (it is installed, but cannot be imported: ModuleNotFoundError: No module named 'dep')",
+        ),
+        (
+            "torchao.float8",
             ImportError("no symbol _ZN\nmore"),
             " (it is installed, but cannot be imported: ImportError: no symbol _ZN)",
         ),

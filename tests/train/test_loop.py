@@ -366,7 +366,7 @@ def test_only_the_newest_checkpoints_stay(make_config):
 
 
 def test_backward_runs_outside_of_autocast(make_config):
-    """Within, the products that are fp32 on purpose would be narrowed, and those in bf16 would be slow on a CPU without its units."""
+    """Within, the products that are fp32 on purpose would be narrowed, and on a CPU without bf16 units all would be slow."""
     seen = []
 
     def loss(model, batch):
