@@ -7,6 +7,7 @@ from typing import Any
 
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.flops import layer_flops, training_flops
+from hybridlm.fp8 import EDGE
 from hybridlm.memory import NODE, Plan, group_bytes
 from hybridlm.twin import count_parameters, parameters_by_kind
 
@@ -29,8 +30,11 @@ def sent_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
     total, kinds = count_parameters(config), parameters_by_kind(config)
     if plan.sharding == "none":
         return {"gathered": 0.0, "reduced": 2 * 4 * total * others}  # scattered and gathered again
-    groups = group_bytes(config, plan.width)
-    gathered = sum(groups[symbol] for symbol in config.hybrid_override_pattern)
+    pattern, groups = config.hybrid_override_pattern, group_bytes(config, plan.width)
+    gathered = sum(groups[symbol] for symbol in pattern)
+    if plan.precision == "fp8":  # what multiplies in FP8 is gathered in it
+        narrower = group_bytes(config, 1)
+        gathered -= sum(groups[symbol] - narrower[symbol] for symbol in pattern[EDGE:-EDGE])
     gathered += 4 * (kinds["embedding"] + kinds["norm"]) + plan.width * kinds["head"]
     return {"gathered": 2 * gathered * others, "reduced": 4 * total * others}
 

@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Bytes of a value in the products. fp8 narrows only what enters one: it is kept, and sent, in bf16."""
+        """Bytes of a value in the products. fp8 narrows only what enters one, and what is sent: it is kept in bf16."""
         return 4 if self.precision == "fp32" else 2
 
     @property
@@ -159,9 +159,8 @@ def moments(config: HybridLMConfig, plan: Plan) -> dict[str, dict[str, float]]:
     work = {symbol: block_work(c, symbol, w, plan.seq_len) for symbol in groups}
     for symbol in set(plan.recompute) & set(work):
         work[symbol] += block_activations(c, symbol, w, plan.seq_len) - 4 * c.hidden_size  # its input is there
-    # The loss works on an fp32 copy of a weight that was gathered in bf16, and sums its gradient in fp32, which is copied once to
-    # be reduced.
-    head = (12 + w if sharded else 8) * kinds["head"]
+    # The loss sums the head's gradient in fp32 and hands it on in the width in which the weight was gathered.
+    head = (4 + 2 * w if sharded else 8) * kinds["head"]
     return {
         "loss": {"activations": kept, "head": head, "logits": 8 * min(LOGIT_ROWS, tokens) * c.vocab_size},
         "layers": {

@@ -5,10 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +33,7 @@ from hybridlm.mixers.context import Context
 from hybridlm.ops import blocks, precision
 from hybridlm.ops.ssd import eager
 from hybridlm.strict_yaml import load_yaml
+from train import sharding
 
 WIDE = {
     "hybrid_override_pattern": "M*-E", "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "head_dim": 16,
@@ -192,16 +191,8 @@ def test_the_peak_is_that_of_torchs_own_tracker(name, recompute, vocabulary, t, 
     """A real step on one of eight ranks, their messages left out; torch counts every tensor. We may count too much, as a GPU
     gathers ahead and this does not, but not too little."""
     model = tiny_model("eager", **WORKING | {"hybrid_override_pattern": "M-M*-", "vocab_size": vocabulary}).train()
-    wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    narrow = replace(wide, param_dtype=torch.bfloat16 if name == "bf16" else None)
-    fully_shard(model.backbone.embeddings, mesh=eight_ranks, mp_policy=wide)
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for block in model.backbone.layers:
-        fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=eight_ranks, mp_policy=narrow)
-        fully_shard(block, mesh=eight_ranks, mp_policy=wide)
-    fully_shard(model.backbone, mesh=eight_ranks, mp_policy=wide, reshard_after_forward=True)
-    fully_shard(model, mesh=eight_ranks, mp_policy=narrow, reshard_after_forward=True)
+    sharding.recompute(model, recompute)
+    sharding.shard(model, eight_ranks, torch.bfloat16 if name == "bf16" else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
     tracker = FSDPMemTracker(model, optimizer)
     ids = torch.randint(vocabulary, (1, t))
