@@ -3,12 +3,14 @@
 import json
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.scale.conftest import SHAPE
 from tests.scale.harness import HERE, end, losses, start, torchrun, validations
 
 pytestmark = pytest.mark.scale
@@ -88,13 +90,52 @@ def test_a_rank_that_is_killed_is_named_and_the_launcher_starts_all_again(settin
     assert "ended without a word" in survivor and survivor.count(f"rank {1 - dies} of 2") == 2
 
 
+@pytest.mark.parametrize(("name", "sharding"), [("ddp", "none"), ("fsdp2", "fsdp2")])
+def test_accelerates_files_start_what_torchrun_does(settings, two, tmp_path, name, sharding):
+    file = f"configs/accelerate/{name}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
+    out = end(start(settings, tmp_path / "run", "--train.sharding", sharding, launcher=launcher))
+    assert "accelerate launch, restart 0 of at most 0" in out and "2 process(es) on 1 machine(s)" in out
+    a, b = losses(two), losses(tmp_path / "run")
+    assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
+    if name == "fsdp2":
+        assert a == b
+        out = end(start(settings, tmp_path / "other", launcher=launcher), 1)  # of the launcher; that of the ranks is 2
+        assert "it asks for FSDP, and train.sharding is none" in out and not (tmp_path / "other").exists()
+
+
+def test_fp8_is_shared_and_goes_on_bit_for_bit(settings, tmp_path):
+    """The weights are gathered in FP8, whose scales are those of the whole tensors."""
+    shape = SHAPE | {
+        "mamba_num_heads": 16,
+        "mamba_head_dim": 2,
+        "intermediate_size": 32,
+        "head_dim": 16,
+        "num_attention_heads": 2,
+    }
+    shape |= {"num_key_value_heads": 1}
+    flags = ["--model.config", json.dumps(shape), "--train.precision", "fp8", "--train.fp8_emulate", "true"]
+    shared = [*flags, "--train.sharding", "fsdp2"]
+    out = end(start(settings, tmp_path / "one", *flags))
+    assert "fp8         emulated, 8 of 17 linear layers" in out
+    end(start(settings, tmp_path / "two", *shared, launcher=torchrun(2)))
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    # Roundings of activations and gradients differ, since each rank scales those of its own sequences.
+    assert max(abs(a[step] - b[step]) for step in a) < 0.02 and abs(a[1] - b[1]) < 1e-3
+    resume = ["--resume", str(tmp_path / "two/checkpoints/step-10")]
+    end(start(settings, tmp_path / "again", *shared, *resume, launcher=torchrun(2)))
+    assert losses(tmp_path / "again").items() <= losses(tmp_path / "two").items()
+    a, b = (load_file(tmp_path / run / "checkpoints/step-20/model/model.safetensors") for run in ("two", "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_launcher_that_disagrees_with_the_configuration_is_told(settings, tmp_path):
     out = end(start(settings, tmp_path / "run", ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_FSDP="true"), 2)
     assert "mixed_precision is fp16 and train.precision fp32" in out and "train.sharding is none" in out
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_four_ranks_saved_opens_as_a_model(two):
+def test_a_run_that_ranks_share_opens_as_a_model(two):
     from hybridlm import HybridLMForCausalLM
 
     model = HybridLMForCausalLM.from_pretrained(two / "model")

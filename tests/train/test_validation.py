@@ -78,10 +78,11 @@ def test_sampling_text_does_not_touch_the_random_numbers_of_the_run(make_config)
     tokenizer = build_tokenizer(config, model)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    text = sample_text(model, tokenizer, config)
+    accelerator = Accelerator(cpu=True)
+    text = sample_text(accelerator, model, tokenizer, config)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    assert sample_text(model, tokenizer, config) == text  # nor they it
+    assert sample_text(accelerator, model, tokenizer, config) == text  # nor they it
     assert model.training
 
 
@@ -170,6 +171,7 @@ def test_a_sample_ends_when_the_run_is_to_stop(make_config):
     model = build_model(config)
     tokenizer = build_tokenizer(config, model)
     asked = []
-    text = sample_text(model, tokenizer, config, lambda: asked.append(1) or len(asked) == 3)
+    accelerator = Accelerator(cpu=True)
+    text = sample_text(accelerator, model, tokenizer, config, lambda: asked.append(1) or len(asked) == 3)
     assert len(asked) == 3
-    assert len(sample_text(model, tokenizer, config)) > len(text)
+    assert len(sample_text(accelerator, model, tokenizer, config)) > len(text)
