@@ -4,6 +4,7 @@
 gathers a group of parameters while its modules run.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import sha256
@@ -49,6 +50,8 @@ def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) ->
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(GatherBytes())
+    # Of results that are views, which nothing here writes to.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Else what is the root's own would stay gathered after a pass without backward, and parameters() would give other tensors.
     wide(model, reshard_after_forward=True)
 
