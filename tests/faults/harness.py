@@ -220,8 +220,8 @@ def steps_of(run_dir: Path) -> list[int]:
 def lines_of(run_dir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the machine's speed."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    varying = {"tokens_per_second", "memory_bytes", "mfu"}
-    return [{key: value for key, value in line.items() if key not in varying} for line in lines]
+    varying = {"tokens_per_second", "tokens_per_second_per_rank", "memory_bytes", "mfu"}
+    return [{key: value for key, value in line.items() if key not in varying and "ranks/" not in key} for line in lines]
 
 
 def end_of(config: Path) -> dict[str, object]:

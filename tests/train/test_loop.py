@@ -62,6 +62,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(make_config):
     run = Path(config.run_dir)
     assert yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(dump(config))
     fields = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"}
+    fields |= {"tokens_per_second_per_rank"}
     steps, validations = lines(config), lines(config, "val_loss")
     assert all(fields < set(line) for line in steps)
     assert {"grad_norm/mamba", "grad_norm/attention", "dt/mean", "memory/median"} <= set(steps[0])
@@ -356,8 +357,15 @@ def test_validation_and_saving_do_not_count_as_time_of_training(make_config, mon
     monkeypatch.setattr(Blend, "batch", takes(1, Blend.batch))
     monkeypatch.setattr("train.loop.validation_loss", takes(60, lambda *arguments: LOSS))
     monkeypatch.setattr("train.loop.checkpoint.write", takes(3600, checkpoint.write))
-    train(make_config(log__sample_tokens=0, train__checkpoint_async=False))
-    assert [line["tokens_per_second"] for line in lines(make_config())] == [4 * 32] * 8
+    waits = []
+    monkeypatch.setattr(
+        "train.loop.rank_figures", lambda accelerator, memory, waited: waits.append(waited) or {"ranks/x": memory}
+    )
+    train(make_config(log__sample_tokens=0, log__every=2, train__checkpoint_async=False))
+    assert [line["tokens_per_second"] for line in lines(make_config())] == [4 * 32] * 4
+    assert waits == [1.0] * 4 and [line["ranks/x"] for line in lines(make_config())] == [
+        line["memory_bytes"] for line in lines(make_config())
+    ]
 
 
 def test_only_the_newest_checkpoints_stay(make_config):
