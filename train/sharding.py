@@ -36,6 +36,8 @@ def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) ->
         for dtype in (compute, torch.float32)
     )
     for block in blocks(model):
+        # Each piece would gather the weights anew, and ranks whose inputs differ in shape have other numbers of pieces.
+        block.mixer.hands_on = False
         if isinstance(block.mixer, MoE):
             # Ranks may call other experts than each other, so these come with the block.
             wide(block.norm)

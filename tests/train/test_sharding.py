@@ -147,6 +147,20 @@ def test_ranks_may_choose_other_experts_and_still_have_the_weights_of_the_last_s
     check(run_ranks(2, started(work)))
 
 
+def test_ranks_may_score_inputs_of_other_shapes(run_ranks, monkeypatch):
+    """One would take its long input in pieces, the other not."""
+    monkeypatch.setattr("hybridlm.modeling.CPU_PIECE", 32)
+
+    def work(rank):
+        one, shared = build().eval(), build(2).eval()
+        inputs = {"input_ids": batch(1 + rank)["input_ids"]}
+        with torch.no_grad():
+            a, b = (model(**inputs).logits for model in (one, shared))
+        torch.testing.assert_close(a, b)
+
+    check(run_ranks(2, started(work)))
+
+
 @pytest.mark.parametrize("kinds", ["M", "*", "-", "E", "M*-E"])
 def test_what_is_computed_again_in_backward_changes_no_gradient_and_keeps_less(kinds):
     def run(kinds):
