@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +143,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 return
             text = None
             if config.log.sample_tokens and mesh is not None:  # those who share a model write together
-                text = sample_text(accelerator, bare, tokenizer, config, lambda: any_rank(accelerator, stopping()))
+                with accelerator.autocast():  # in what the weights are gathered in; a whole model's own is in its forward pass
+                    text = sample_text(bare, tokenizer, config, lambda: any_rank(accelerator, stopping()))
             elif config.log.sample_tokens:  # the others wait for the main process, however long it takes
-                alone = partial(sample_text, accelerator, bare, tokenizer, config, stopping)
-                text = everywhere(accelerator, lambda: alone() if main else None)
+                text = everywhere(accelerator, lambda: sample_text(bare, tokenizer, config, stopping) if main else None)
             if main and not (text is not None and stopping()):  # a sample that was cut off: both come again
                 log({"step": step, "tokens": tokens, **result})
                 nats, bits = result["val_loss"], result["val_bits_per_byte"]

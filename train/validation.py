@@ -93,17 +93,16 @@ def _windows(shards: Shards, size: int) -> np.ndarray:
 
 @torch.no_grad()
 def sample_text(
-    accelerator: Accelerator,
     model: HybridLMForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     stopping: Callable[[], bool] = lambda: False,
 ) -> str:
-    """What the model makes of the prompt, in the run's precision, until `stopping`. Its random numbers stay as they were."""
+    """What the model makes of the prompt, until `stopping`. The run's own random numbers are left as they were."""
     ids = tokenizer(config.log.sample_prompt, add_special_tokens=False).input_ids
     prompt = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # behind an end something new begins
     model.eval()
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), accelerator.autocast():
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         text: Tensor = model.generate(  # type: ignore[misc, assignment]
             prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50,

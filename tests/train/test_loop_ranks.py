@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train.__main__
+from tests.train.conftest import SHAPE
 from train import checkpoint, loop
 from train.config import dump
 from train.loop import next_token_loss
@@ -222,3 +223,15 @@ def test_a_batch_that_does_not_divide_on_one_rank_is_told_as_a_difference(make_c
     ended = run_ranks(2, lambda rank: start(make_config(train__global_batch=4 - rank))(rank))
     assert [one.status for one in ended] == [2, 2]
     assert "rank 1: settings.train.global_batch: 4 -> 3" in ended[0].err
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_ranks_that_share_a_narrow_model_train_validate_and_write(make_config, run_ranks, precision):
+    shape = SHAPE | {"hybrid_override_pattern": "M-M*-M-", "mamba_num_heads": 16, "mamba_head_dim": 2}
+    config = make_config(
+        model__config=shape, train__sharding="fsdp2", train__precision=precision, train__fp8_emulate=True, train__steps=2
+    )
+    ended = run_ranks(2, start(config))
+    assert [one.status for one in ended] == [0, 0], ended
+    samples = [json.loads(line) for line in (Path(config.run_dir) / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 2]

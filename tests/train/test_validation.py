@@ -78,11 +78,10 @@ def test_sampling_text_does_not_touch_the_random_numbers_of_the_run(make_config)
     tokenizer = build_tokenizer(config, model)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    accelerator = Accelerator(cpu=True)
-    text = sample_text(accelerator, model, tokenizer, config)
+    text = sample_text(model, tokenizer, config)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    assert sample_text(accelerator, model, tokenizer, config) == text  # nor they it
+    assert sample_text(model, tokenizer, config) == text  # nor they it
     assert model.training
 
 
@@ -171,7 +170,6 @@ def test_a_sample_ends_when_the_run_is_to_stop(make_config):
     model = build_model(config)
     tokenizer = build_tokenizer(config, model)
     asked = []
-    accelerator = Accelerator(cpu=True)
-    text = sample_text(accelerator, model, tokenizer, config, lambda: asked.append(1) or len(asked) == 3)
+    text = sample_text(model, tokenizer, config, lambda: asked.append(1) or len(asked) == 3)
     assert len(asked) == 3
-    assert len(sample_text(accelerator, model, tokenizer, config)) > len(text)
+    assert len(sample_text(model, tokenizer, config)) > len(text)
