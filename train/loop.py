@@ -29,7 +29,7 @@ from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
-from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, watch
+from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
 from train.sharding import scale_weights
@@ -172,8 +172,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 finish_saving()
 
         def store(shot: checkpoint.Snapshot) -> None:
-            if main and metrics.exists():
-                files.sync(metrics)  # else a power loss could take lines of steps that the checkpoint has behind it
+            # Else a power loss could take lines of steps that the checkpoint has behind it. Together: the others wait in `write`.
+            together(sharing, lambda: files.sync(metrics) if main and metrics.exists() else None)
             checkpoint.write(run_dir, shot, sharing)
             if main:
                 checkpoint.prune(run_dir, config.train.keep_checkpoints, config.train.keep_every)

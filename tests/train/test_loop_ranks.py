@@ -1,5 +1,6 @@
 """The loop on two processes: they stop together, fail together, and say who it was."""
 
+import errno
 import json
 import math
 import os
@@ -235,3 +236,22 @@ def test_ranks_that_share_a_narrow_model_train_validate_and_write(make_config, r
     assert [one.status for one in ended] == [0, 0], ended
     samples = [json.loads(line) for line in (Path(config.run_dir) / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 2]
+
+
+def test_metrics_that_do_not_reach_the_disk_end_all_ranks_that_share_a_model(make_config, run_ranks):
+    config = make_config(train__sharding="fsdp2", train__checkpoint_every=2)
+
+    def work(rank):
+        from train import files
+
+        def sync(path, before=files.sync):
+            if path.name == "metrics.jsonl":
+                raise OSError(errno.EIO, "broken")
+            before(path)
+
+        files.sync = sync
+        start(config)(rank)
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [1, 1]
+    assert "rank 0: [Errno 5] broken" in ended[0].err
