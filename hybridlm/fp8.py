@@ -25,7 +25,7 @@ def convert(
     *,
     unfit: str = "stop",
     emulate: bool = False,
-    all_gather: bool = False,
+    ranks: int = 1,
 ) -> None:
     """Replaces in place the linear layers of the stack, but those of its first two and last two layers, by ones that multiply in
     FP8, forward and backward. Names and weights stay as they are; head, embedding and routers are not touched.
@@ -35,7 +35,8 @@ def convert(
         device: where it is to run.
         unfit: what to do where a layer's sizes do not divide by 16: "stop", or leave it in "bf16".
         emulate: round as FP8 does and multiply in fp32: the same numbers on any device, slowly.
-        all_gather: wrap the weights for FSDP2, which then gathers them in FP8. They must be sharded with `fully_shard`.
+        ranks: that are going to share the model with `fully_shard`, which then gathers in FP8 the weights whose rows divide by
+            them, the others in bf16: uneven parts would have to be padded, which torchao's are not.
 
     Raises:
         ValueError: FP8 cannot run on the device, a layer is unfit, or there is nothing to convert.
@@ -56,8 +57,10 @@ def convert(
         )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    config = Float8LinearConfig(emulate=emulate, enable_fsdp_float8_all_gather=all_gather)
-    convert_to_float8_training(model, module_filter_fn=lambda module, name: name in chosen, config=config)
+    narrow = {name for name in chosen if ranks > 1 and model.get_submodule(name).weight.shape[0] % ranks == 0}
+    for names, gathered in ((narrow, True), (chosen - narrow, False)):
+        config = Float8LinearConfig(emulate=emulate, enable_fsdp_float8_all_gather=gathered)
+        convert_to_float8_training(model, module_filter_fn=lambda module, name: name in names, config=config)  # noqa: B023
     for name in chosen:
         model.get_submodule(name).__class__ = linear_class()
 

@@ -61,7 +61,7 @@ def build_model(
         model = HybridLMForCausalLM(shape, backend=config.ops.backend).train()
     if config.train.precision == "fp8":
         unfit, emulate = config.train.fp8_unfit, config.train.fp8_emulate
-        fp8.convert(model, device, unfit=unfit, emulate=emulate, all_gather=mesh is not None)
+        fp8.convert(model, device, unfit=unfit, emulate=emulate, ranks=1 if mesh is None else mesh.size())
     sharding.recompute(model, config.train.recompute)
     if mesh is not None:
         sharding.shard(model, mesh, COMPUTE[config.train.precision])

@@ -14,7 +14,8 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.fp8 import convert, linear_class
 from hybridlm.strict_yaml import load_yaml
 from train.loop import next_token_loss, train
-from train.sharding import shard
+from train.setup import build_model
+from train.sharding import scale_weights, shard
 from train.tensor_files import local
 
 # 64 + 32 + 16 rows of in_proj.
@@ -123,7 +124,7 @@ def test_sharded_fp8_weights_train_as_whole_ones_do(run_ranks):
         whole, sharded = build("cpu"), build("meta")
         start = whole.state_dict()
         convert(whole, "cpu", emulate=True)
-        convert(sharded, "cpu", emulate=True, all_gather=True)
+        convert(sharded, "cpu", emulate=True, ranks=2)
         shard(sharded, mesh, torch.bfloat16)
         sharded.to_empty(device="cpu")
         parameters = dict(sharded.named_parameters())
@@ -164,6 +165,31 @@ def test_sharded_fp8_weights_train_as_whole_ones_do(run_ranks):
         dist.destroy_process_group()
 
     assert [(rank.status, rank.err) for rank in run_ranks(2, work, limit=60) if rank.status] == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_weights_whose_rows_do_not_divide_by_the_ranks_are_gathered_in_bf16(fp8_config, run_ranks, ranks):
+    """in_proj has 112 rows, k_proj 16: on three ranks both are uneven, on five the last one has nothing of k_proj."""
+
+    def work(rank):
+        dist.init_process_group("gloo")
+        mesh = dist.init_device_mesh("cpu", (ranks,))
+        model, whole = build_model(fp8_config(), mesh=mesh), build_model(fp8_config())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        ids = torch.randint(258, (1, 17), generator=torch.Generator().manual_seed(0))
+        for step in range(2):
+            scale_weights(model)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids[:, :-1], targets=ids[:, 1:]).loss.sum()
+                if step == 0:
+                    assert loss.item() == pytest.approx(whole(ids[:, :-1], targets=ids[:, 1:]).loss.sum().item(), rel=1e-3)
+            loss.backward()
+            assert get_total_norm([p.grad for p in model.parameters()]).full_tensor().isfinite()
+            optimizer.step()
+            optimizer.zero_grad()
+        dist.destroy_process_group()
+
+    assert [(rank.status, rank.err) for rank in run_ranks(ranks, work, limit=60) if rank.status] == []
 
 
 @pytest.mark.scale
