@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -144,7 +144,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             text = None
             if config.log.sample_tokens and mesh is not None:  # those who share a model write together
                 with accelerator.autocast():  # in what the weights are gathered in; a whole model's own is in its forward pass
-                    text = sample_text(bare, tokenizer, config, lambda: any_rank(accelerator, stopping()))
+                    text = sample_text(bare, tokenizer, config, lambda: any_rank(accelerator, stopping()), broadcast)
             elif config.log.sample_tokens:  # the others wait for the main process, however long it takes
                 text = everywhere(accelerator, lambda: sample_text(bare, tokenizer, config, stopping) if main else None)
             if main and not (text is not None and stopping()):  # a sample that was cut off: both come again

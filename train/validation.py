@@ -97,8 +97,14 @@ def sample_text(
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     stopping: Callable[[], bool] = lambda: False,
+    agreed: Callable[[Tensor], Tensor] = lambda scores: scores,
 ) -> str:
-    """What the model makes of the prompt, until `stopping`. The run's own random numbers are left as they were."""
+    """What the model makes of the prompt, until `stopping`. The run's own random numbers are left as they were.
+
+    Args:
+        agreed: gives scores (b v) that are the same on all ranks which write together: were one to draw an end and another not,
+            they would wait for each other.
+    """
     ids = tokenizer(config.log.sample_prompt, add_special_tokens=False).input_ids
     prompt = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # behind an end something new begins
     model.eval()
@@ -106,6 +112,7 @@ def sample_text(
         torch.manual_seed(config.seed)
         text: Tensor = model.generate(  # type: ignore[misc, assignment]
             prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50,
+            logits_processor=[lambda ids, scores: agreed(scores)],
             stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopping(), dtype=torch.bool)],
         )  # fmt: skip
     model.train()

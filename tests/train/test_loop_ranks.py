@@ -20,6 +20,7 @@ from train import checkpoint, loop
 from train.config import dump
 from train.loop import next_token_loss
 from train.loop import train as train_run
+from train.validation import sample_text
 
 
 def checkpoints(config):
@@ -255,3 +256,24 @@ def test_metrics_that_do_not_reach_the_disk_end_all_ranks_that_share_a_model(mak
     ended = run_ranks(2, work)
     assert [one.status for one in ended] == [1, 1]
     assert "rank 0: [Errno 5] broken" in ended[0].err
+
+
+def test_ranks_that_compute_other_last_bits_write_one_sample(make_config, run_ranks):
+    """As other devices or kernels do: one would draw an end where the other goes on and waits for it."""
+    config = make_config(train__sharding="fsdp2", train__steps=1, log__sample_tokens=40)
+
+    def work(rank):
+        def sample(model, *arguments):
+            model.generation_config.eos_token_id = list(range(3, 100))
+            noise = torch.Generator().manual_seed(rank)
+            moved = model.lm_head.register_forward_hook(lambda m, i, out: out + torch.randn(out.shape, generator=noise))
+            try:
+                return sample_text(model, *arguments)
+            finally:
+                moved.remove()
+
+        loop.sample_text = sample
+        start(config)(rank)
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [0, 0], ended
