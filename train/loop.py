@@ -141,13 +141,15 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             result = validation_loss(accelerator, bare, validation, config, stopping)
             if result is None:
                 return
-            text = None
+            text, cut = None, False
             if config.log.sample_tokens and mesh is not None:  # those who share a model write together
                 with accelerator.autocast():  # in what the weights are gathered in; a whole model's own is in its forward pass
                     text = sample_text(bare, tokenizer, config, lambda: any_rank(accelerator, stopping()), broadcast)
+                cut = any_rank(accelerator, stopping())
             elif config.log.sample_tokens:  # the others wait for the main process, however long it takes
                 text = everywhere(accelerator, lambda: sample_text(bare, tokenizer, config, stopping) if main else None)
-            if main and not (text is not None and stopping()):  # a sample that was cut off: both come again
+                cut = stopping()
+            if main and not cut:  # a sample that was cut off: both come again
                 log({"step": step, "tokens": tokens, **result})
                 nats, bits = result["val_loss"], result["val_bits_per_byte"]
                 bar.write(f"step {step}: validation loss {nats:.4f} nats/token, {bits:.4f} bits/byte")

@@ -277,3 +277,26 @@ def test_ranks_that_compute_other_last_bits_write_one_sample(make_config, run_ra
 
     ended = run_ranks(2, work)
     assert [one.status for one in ended] == [0, 0], ended
+
+
+def test_a_signal_to_another_rank_that_cuts_a_sample_off_has_it_written_again(make_config, run_ranks):
+    config = make_config(train__sharding="fsdp2", train__steps=4, log__sample_tokens=30)
+
+    def work(rank):
+        asked = 0
+
+        def any_rank(accelerator, flag, before=loop.any_rank):
+            nonlocal asked
+            asked += 1
+            if (rank, asked) == (1, 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return before(accelerator, flag)
+
+        loop.any_rank = any_rank
+        start(config)(rank)
+
+    samples = Path(config.run_dir) / "samples.jsonl"
+    assert [one.status for one in run_ranks(2, work)] == [0, 0]
+    assert not samples.exists()
+    assert [one.status for one in run_ranks(2, start(config))] == [0, 0]
+    assert [json.loads(line)["step"] for line in samples.read_text().splitlines()] == [0, 4]
