@@ -28,7 +28,7 @@ def diagnose(model: HybridLMForCausalLM, loss: float, grad_norm: float, rerun: C
     Weights, gradients and random numbers are left as they were. While `rerun` works, memory holds a second set of gradients.
 
     Args:
-        model: not wrapped, so that no rank waits for another in here.
+        model: not wrapped. Ranks that share it must all come here, and run it together.
         loss: this rank's own, before it is summed over ranks: it tells whose batch it was.
         grad_norm: of the whole gradient.
         rerun: runs the rank's batch through `model` once more, forward and backward, and gives the loss as `loss` was.
@@ -36,7 +36,8 @@ def diagnose(model: HybridLMForCausalLM, loss: float, grad_norm: float, rerun: C
     Returns:
         JSON: `loss`; `grad_norm`; `grad_norms` by kind; `gradients` and `weights` that are not finite, how many and the first
         names, in the order of backward, so that the gradients begin where it broke; `first_layer`, the first whose output was not
-        finite in the rerun (its number, None outside the layers, and kind; None where all were finite); `repeatable`, whether
+        finite in the rerun (its number, None outside the layers, and kind; None where all were finite); `own`, whether a gradient
+        between layers was not finite in the rerun: ranks that share the model sum those of weights; `repeatable`, whether
         the rerun went wrong as well: if not, suspect the hardware, not the data. Of a step in which all was finite, a spike, it
         is whether the rerun gave the same loss.
     """
@@ -50,8 +51,9 @@ def diagnose(model: HybridLMForCausalLM, loss: float, grad_norm: float, rerun: C
         "weights": _not_finite(parameters),
     }
     finite: dict[int, Tensor] = {}
+    passed: list[Tensor] = []  # whether gradients were finite on their way back
     places = _places(model)
-    hooks = [module.register_forward_hook(_look(finite, i)) for i, (_, _, module) in enumerate(places)]
+    hooks = [module.register_forward_hook(_look(finite, passed, i)) for i, (_, _, module) in enumerate(places)]
     devices = {p.device for _, p in parameters if p.device.type == "cuda"}
     try:
         model.zero_grad()  # sets them aside: `gradients` has them
@@ -72,18 +74,21 @@ def diagnose(model: HybridLMForCausalLM, loss: float, grad_norm: float, rerun: C
         incident["repeatable"] = math.isclose(loss, again, rel_tol=1e-3)  # kernels may sum in another order
     else:
         incident["repeatable"] = not (math.isfinite(again) and sound)
+    incident["own"] = not all(flag.item() for flag in passed)
     return incident
 
 
 def merge(diagnoses: list[dict[str, Any]]) -> dict[str, Any]:
     """Those of all ranks, in the order of ranks, as one: that of the rank whose batch it was, which `rank` names.
 
-    That is the first whose own loss was not finite, else the first that went wrong again, else 0, for nothing tells them apart.
+    That is the first whose own loss was not finite, else the first whose own gradients were not in the rerun, else the first that
+    went wrong again, else 0, for nothing tells them apart.
     """
     by_loss = (rank for rank, d in enumerate(diagnoses) if isinstance(d["loss"], str))
+    by_gradient = (rank for rank, d in enumerate(diagnoses) if d.get("own"))
     by_rerun = (rank for rank, d in enumerate(diagnoses) if d["repeatable"])
-    rank = next(by_loss, next(by_rerun, 0))
-    return {"rank": rank, **diagnoses[rank]}
+    rank = next(by_loss, next(by_gradient, next(by_rerun, 0)))
+    return {"rank": rank, **{key: value for key, value in diagnoses[rank].items() if key != "own"}}
 
 
 def record(file: Path, incident: dict[str, Any]) -> None:
@@ -160,10 +165,12 @@ def _places(model: HybridLMForCausalLM) -> list[tuple[int | None, str, nn.Module
     return [(None, "embedding", model.backbone.embeddings), *blocks, (None, "norm", model.backbone.norm_f)]
 
 
-def _look(finite: dict[int, Tensor], place: int) -> Callable[[nn.Module, Any, Any], None]:
+def _look(finite: dict[int, Tensor], passed: list[Tensor], place: int) -> Callable[[nn.Module, Any, Any], None]:
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output  # a block gives its state as well
         ok = out.detach().isfinite().all()
         finite[place] = ok & finite.get(place, ok)  # of all micro-batches
+        if out.requires_grad:
+            out.register_hook(lambda gradient: passed.append(gradient.isfinite().all()))
 
     return look

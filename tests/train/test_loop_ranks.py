@@ -300,3 +300,28 @@ def test_a_signal_to_another_rank_that_cuts_a_sample_off_has_it_written_again(ma
     assert not samples.exists()
     assert [one.status for one in run_ranks(2, start(config))] == [0, 0]
     assert [json.loads(line)["step"] for line in samples.read_text().splitlines()] == [0, 4]
+
+
+class Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, nats):
+        return nats.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_laid_to_it(make_config, run_ranks, sharding):
+    config = make_config(train__sharding=sharding, train__on_nonfinite="skip", train__steps=3, log__sample_tokens=0)
+
+    def loss(model, batch):
+        calls.append(model.training)
+        nats = next_token_loss(model, batch)
+        return Overflow.apply(nats) if os.environ["RANK"] == "1" and len(calls) in (2, 3) else nats  # the step, and its rerun
+
+    calls = []
+    assert [one.status for one in run_ranks(2, start(config, loss))] == [0, 0]
+    (incident,) = map(json.loads, (Path(config.run_dir) / "incidents.jsonl").read_text().splitlines())
+    assert (incident["step"], incident["rank"], incident["repeatable"]) == (2, 1, True)
