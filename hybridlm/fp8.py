@@ -57,7 +57,7 @@ def convert(
         )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    narrow = {name for name in chosen if ranks > 1 and model.get_submodule(name).weight.shape[0] % ranks == 0}
+    narrow = {name for name in chosen if ranks > 1 and cast(nn.Linear, model.get_submodule(name)).weight.shape[0] % ranks == 0}
     for names, gathered in ((narrow, True), (chosen - narrow, False)):
         config = Float8LinearConfig(emulate=emulate, enable_fsdp_float8_all_gather=gathered)
         convert_to_float8_training(model, module_filter_fn=lambda module, name: name in names, config=config)  # noqa: B023

@@ -37,7 +37,7 @@ def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) ->
     )
     for block in blocks(model):
         # Each piece would gather the weights anew, and ranks whose inputs differ in shape have other numbers of pieces.
-        block.mixer.hands_on = False
+        block.mixer.hands_on = False  # type: ignore[assignment]
         if isinstance(block.mixer, MoE):
             # Ranks may call other experts than each other, so these come with the block.
             wide(block.norm)
