@@ -32,11 +32,27 @@ def sent_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
         return {"gathered": 0.0, "reduced": 2 * 4 * total * others}  # scattered and gathered again
     pattern, groups = config.hybrid_override_pattern, group_bytes(config, plan.width)
     gathered = sum(groups[symbol] for symbol in pattern)
-    if plan.precision == "fp8":  # what multiplies in FP8 is gathered in it
-        narrower = group_bytes(config, 1)
-        gathered -= sum(groups[symbol] - narrower[symbol] for symbol in pattern[EDGE:-EDGE])
+    if plan.precision == "fp8":  # what multiplies in FP8 is gathered in it, where every GPU has as many rows
+        of_kind = matrices(config)
+        narrow = (shape for symbol in pattern[EDGE:-EDGE] for shape in of_kind[symbol])
+        gathered -= sum(rows * columns for rows, columns in narrow if rows % plan.gpus == 0)
     gathered += 4 * (kinds["embedding"] + kinds["norm"]) + plan.width * kinds["head"]
     return {"gathered": 2 * gathered * others, "reduced": 4 * total * others}
+
+
+def matrices(config: HybridLMConfig) -> dict[str, list[tuple[int, int]]]:
+    """(rows, columns) of the linear layers of each kind of layer."""
+    c, d = config, config.hidden_size
+    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    latent, shared = c.moe_latent_size, c.moe_shared_expert_intermediate_size
+    size = d if latent is None else latent
+    experts = [(c.moe_intermediate_size, size), (size, c.moe_intermediate_size)] * c.n_routed_experts
+    return {
+        "M": [(c.mamba_inner_size + c.mamba_conv_size + c.mamba_num_heads, d), (d, c.mamba_inner_size)],
+        "*": [(query, d), (key, d), (key, d), (d, query)],
+        "-": [(c.intermediate_size, d), (d, c.intermediate_size)],
+        "E": [*experts, (shared, d), (d, shared), *([] if latent is None else [(latent, d), (d, latent)])],
+    }
 
 
 def communication(config: HybridLMConfig, plan: Plan, steps: int | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from hybridlm import HybridLMConfig
-from hybridlm.cluster import NIC, NVLINK, SUSTAINED, communication, sent_bytes, step_flops
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.cluster import NIC, NVLINK, SUSTAINED, communication, matrices, sent_bytes, step_flops
 from hybridlm.flops import forward_flops, training_flops
 from hybridlm.memory import Plan
 from hybridlm.strict_yaml import load_yaml
@@ -28,10 +29,24 @@ def test_what_is_sent(largest):
     assert sent_bytes(largest, replace(SHARDED, sharding="none")) == {"gathered": 0, "reduced": 8 * total * 255 / 256}
     narrow = sent_bytes(largest, replace(SHARDED, precision="fp8"))
     assert narrow["reduced"] == sent["reduced"]
-    # Half for what is neither embedding, head nor in the four layers at the ends, each of them an M or an FFN.
+    # Half for what is neither embedding, head nor in the four layers at the ends, M or FFN: 256 divides all rows.
     ends = 2 * (parameters_by_kind(largest)["M"] + parameters_by_kind(largest)["-"])
     saved = sent["gathered"] - narrow["gathered"]
     assert saved == pytest.approx(2 * (total - 2 * embedding - ends) * 255 / 256, rel=1e-3)
+    plans = [replace(SHARDED, gpus=768, precision=precision) for precision in ("bf16", "fp8")]
+    wide, narrow = (sent_bytes(largest, plan)["gathered"] for plan in plans)
+    # 768 = 3 x 256 divides the rows of no matrix of this model.
+    assert wide == narrow
+
+
+@pytest.mark.parametrize("file", ["nemotron-h-8b", "nemotron-3-nano-30b", "tiny"])
+def test_matrices_are_those_of_the_model(file):
+    config = HybridLMConfig.from_strict_dict(load_yaml(f"configs/model/{file}.yaml"))
+    with torch.device("meta"):
+        model = HybridLMForCausalLM(config)
+    for symbol, block in zip(config.hybrid_override_pattern, model.backbone.layers, strict=True):
+        built = [tuple(m.weight.shape) for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        assert sorted(matrices(config)[symbol]) == sorted(built), symbol
 
 
 def test_recomputing_costs_a_forward_pass_of_those_layers(largest):
