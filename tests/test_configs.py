@@ -193,7 +193,10 @@ def test_the_pods_of_kubernetes_have_what_a_run_needs():
 
 STAND_INS = {
     "scontrol": '[ "$1" = show ] && printf "node1\\nnode2\\n" || echo "scontrol $*" >> calls',
-    "srun": 'echo "srun $*" >> calls\ntrap \'echo "srun got TERM" >> calls; exit 0\' TERM\n'
+    "scancel": 'echo "scancel $*" >> calls; kill -USR2 "$(cat srun.pid)"',
+    # As the real one: SIGTERM to it is SIGKILL to its tasks. SIGUSR2 stands for a signal to the tasks.
+    "srun": 'echo $$ > srun.pid; echo "srun $*" >> calls\n'
+    "trap 'echo \"the tasks were killed\" >> calls; exit 137' TERM\ntrap 'echo \"the tasks have saved\" >> calls; exit 0' USR2\n"
     'if [ -n "$SIGNALLED" ]; then kill -USR1 $PPID; for i in $(seq 100); do sleep 0.1; done; fi; exit 3',
 }
 
@@ -213,7 +216,7 @@ def test_slurms_script_stops_in_time_and_comes_again(signalled, tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "torchrun --nnodes 2 --nproc_per_node 8" in calls[0] and "--rdzv_endpoint node1:20007" in calls[0]
     assert calls[0].endswith("-m train --config run.yaml --seed 1")
-    assert calls[1:] == (["srun got TERM", "scontrol requeue 7"] if signalled else [])
+    assert calls[1:] == (["scancel --signal=TERM 7", "the tasks have saved", "scontrol requeue 7"] if signalled else [])
     assert done.returncode == (0 if signalled else 3)
     ahead, grace = (int(re.search(pattern, script.read_text())[1]) for pattern in (r"USR1@(\d+)", r"SHUTDOWN_TIMEOUT=(\d+)"))
     assert 30 < grace < ahead

@@ -35,7 +35,7 @@ step=$!
 limit=
 stop() {
   limit=yes
-  kill -TERM "$step"  # srun passes it on to every torchrun
+  scancel --signal=TERM "$SLURM_JOB_ID"  # to what srun started; srun itself answers SIGTERM by killing that at once
 }
 trap stop USR1
 
