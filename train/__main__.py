@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import suppress
+from time import sleep
 from typing import Any, TextIO
 
 from transformers.utils import logging as transformers_logging
@@ -14,13 +15,15 @@ from train.logs import to_terminal
 from train.loop import train
 from train.ranks import RanksError
 
+LAST_WORD = 5.0  # seconds after which a rank that failed speaks, should the first of its machine not have ended the launch
+
 COMMANDS = {"prepare": prepare.main, "status": status.main, "tokenizer": tokenizer.main}
 
 
 def main(argv: list[str]) -> int:
     """0: done, or stopped by a signal after saving; 2: bad input; 1: failure."""
     to_terminal(int(os.environ.get("RANK", "0")))
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of its machine fail for the same reason; once is enough
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of its machine fail for the same reason, as a rule
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -35,8 +38,9 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except (ValueError, FloatingPointError, OSError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        if not first:  # a launcher ends all ranks once one has; what only this rank knows must not be lost
+            sleep(LAST_WORD)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:  # before the first step, or a second time
         print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)

@@ -39,12 +39,14 @@ def test_print_config_prints_what_would_run_and_runs_nothing(make_config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_one_rank_of_each_machine_says_what_is_wrong(capsys, monkeypatch):
-    for rank, local_rank, said in (("8", "0", True), ("1", "1", False)):
+def test_the_first_rank_of_a_machine_says_what_is_wrong_and_the_others_should_it_not_end_the_launch(capsys, monkeypatch):
+    for rank, local_rank, waits in (("8", "0", []), ("1", "1", [cli.LAST_WORD])):
+        waited = []
+        monkeypatch.setattr(cli, "sleep", waited.append)
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert cli.main(["--config", "nothing.yaml"]) == 2
-        assert ("there is no file nothing.yaml" in capsys.readouterr().err) is said
+        assert waited == waits and capsys.readouterr().err == "error: there is no file nothing.yaml.\n"
 
 
 def test_output_that_is_closed_costs_nothing():
