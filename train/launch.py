@@ -30,10 +30,11 @@ READ = (
 
 
 def take(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """What the launcher asks for, in lower case. Afterwards the environment no longer asks Accelerate to shard the model: that is
-    done here (train/sharding.py), with a policy of our own."""
+    """What the launcher asks for, in lower case. Afterwards the environment asks Accelerate neither to shard the model, which is
+    done here (train/sharding.py), with a policy of our own, nor for what `check` refuses: it would look for that before."""
     asked = {name: environment[name].lower() for name in READ if name in environment}
-    environment.pop(SHARDED, None)
+    for name in (SHARDED, *NEUTRAL):
+        environment.pop(name, None)
     return asked
 
 

@@ -4,7 +4,8 @@ from datetime import timedelta
 import pytest
 from torch import distributed
 
-from train.launch import SHARDED, check, meet, take, told
+from train.launch import NEUTRAL, SHARDED, check, meet, take, told
+from train.loop import train
 
 SECOND = timedelta(seconds=1)
 
@@ -54,10 +55,18 @@ def test_every_disagreement_is_told_at_once(make_config):
     assert str(error.value).count("\n  ") == 3
 
 
-def test_accelerate_is_not_asked_to_shard_once_it_was_read():
-    environment = {SHARDED: "true", "FSDP_VERSION": "2", "OTHER": "x"}
-    assert take(environment) == {SHARDED: "true", "FSDP_VERSION": "2"}
+def test_accelerate_is_asked_neither_to_shard_nor_for_what_is_refused():
+    asks = {SHARDED: "true", "FSDP_VERSION": "2", **dict.fromkeys(NEUTRAL, "true")}
+    environment = asks | {"OTHER": "x"}
+    assert take(environment) == asks
     assert environment == {"FSDP_VERSION": "2", "OTHER": "x"}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_run_refuses_what_it_does_not_use_whether_it_is_installed_or_not(make_config, monkeypatch, name):
+    monkeypatch.setenv(name, "4" if name.endswith("STEPS") else "inductor" if "DYNAMO" in name else "true")
+    with pytest.raises(ValueError, match=r"it asks for .*, which this program does not use"):
+        train(make_config())
 
 
 def test_who_started_it():
