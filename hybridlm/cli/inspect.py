@@ -95,6 +95,8 @@ def read_plan(source: str, gpus: int, given: dict[str, Any]) -> tuple[Plan, int 
         said = {**(values.get("train") or {}), **(values.get("data") or {})}
         bare = {key: said.get(key, default) for key, default in RUN_DEFAULTS.items()}
     chosen = bare | {key: value for key, value in given.items() if value is not None}
+    if gpus == 1:
+        chosen["sharding"] = "none"  # as `train` has it: there is nobody to share with
     steps: int | None = chosen.pop("steps", None)
     if unknown := unknown_symbols(chosen.get("recompute", "")):
         raise ValueError(f"recompute: {unknown!r} is no kind of layer; give some of {', '.join(SYMBOLS)}.")

@@ -172,6 +172,12 @@ def test_a_run_that_says_nothing_has_the_defaults_of_training(tiny, tmp_path):
     assert (plan.precision, plan.sharding, plan.micro_batch, plan.seq_len, steps) == ("fp32", "none", 4, 512, 1000)
 
 
+def test_one_gpu_shares_its_model_with_nobody():
+    recipe = str(SHAPES.parent / "pretrain" / "nemotron-h-8b-bf16.yaml")
+    assert read_plan(recipe, 1, {})[0].sharding == read_plan(recipe, 1, {"sharding": "fsdp2"})[0].sharding == "none"
+    assert read_plan(recipe, 2, {})[0].sharding == "fsdp2"
+
+
 def test_a_bare_shape_is_sharded_on_several_gpus():
     source = str(SHAPES / "tiny.yaml")
     assert read_plan(source, 1, {}) == (Plan(), None)
