@@ -19,7 +19,7 @@ def to_terminal(rank: int) -> None:
 @contextmanager
 def to_file(path: Path) -> Iterator[None]:
     """Appends to `path`, with the time, what this rank does and warns of, and what ended it, with the traceback."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)  # where run_dir is not shared, only the main process has it
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {FORMAT}"))
     root, levels = logging.getLogger(), {name: logging.getLogger(name).level for name in OURS}
