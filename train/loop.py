@@ -107,6 +107,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             check_state(start_from, state, config, stream, held_out, allow_config_change)
         stream.seek(samples, cursor)
         everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
+        if mesh is not None:  # all write checkpoints there; else it would be seen at the first of them
+            seen = (run_dir / "config.yaml").exists()
+            agree(accelerator, {"rank 0's config.yaml is in run_dir (is that on a disk that all share?)": seen})
         outer.enter_context(logs.to_file(run_dir / "logs" / f"rank-{accelerator.process_index}.log"))
         logger.info(
             "rank %d of %d on %s, from step %d", accelerator.process_index, accelerator.num_processes, platform.node(), step

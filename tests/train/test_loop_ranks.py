@@ -205,6 +205,18 @@ def test_ranks_that_do_not_share_a_disk_are_told(make_config, run_ranks, tmp_pat
     assert re.search(says[what], ended[0].err)
 
 
+def test_ranks_that_share_a_model_must_share_the_disk_too(make_config, run_ranks, tmp_path):
+    def work(rank):
+        (tmp_path / f"{rank}").mkdir()
+        os.chdir(tmp_path / f"{rank}")
+        start(make_config(run_dir="run", train__sharding="fsdp2", log__sample_tokens=0))(rank)
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [2, 2], ended
+    assert re.search(r"rank 1: .* is in run_dir \(is that on a disk that all share\?\): True -> False", ended[0].err)
+    assert not (tmp_path / "0/run/metrics.jsonl").exists()
+
+
 def test_one_rank_hashes_the_checkpoint_that_all_go_on_from(make_config, run_ranks, monkeypatch):
     config, validate = make_config(train__val_every=100), checkpoint.validate
 
