@@ -170,6 +170,17 @@ def test_outputs_and_gradients_are_those_of_the_recipe(fitting, tokens, autocast
         assert error < (8e-3 if autocast else 2e-6), (name, error)
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [((2, 16), 32), ((3, 7), 32), ((1,), 16), ((0,), 16)])
+def test_a_product_has_a_number_of_tokens_that_real_fp8_takes(fitting, monkeypatch, tokens, rows):
+    model, seen = fitting(), []
+    convert(model, "cpu", emulate=True)
+    plain = linear_class().__base__
+    real = plain.forward
+    monkeypatch.setattr(plain, "forward", lambda self, x: seen.append(x.shape) or real(self, x))
+    model.backbone.layers[2].mixer.in_proj(torch.randn(*tokens, 32))
+    assert seen == [(rows, 32)]
+
+
 def test_no_token_at_all_gives_gradients_of_zero(fitting):
     model = fitting()
     convert(model, "cpu", emulate=True)

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.fp8 import convert, linear_class
 from hybridlm.strict_yaml import load_yaml
+from train import loop
 from train.loop import next_token_loss, train
 from train.setup import build_model
 from train.sharding import scale_weights, shard
@@ -190,6 +191,19 @@ def test_weights_whose_rows_do_not_divide_by_the_ranks_are_gathered_in_bf16(fp8_
         dist.destroy_process_group()
 
     assert [(rank.status, rank.err) for rank in run_ranks(ranks, work, limit=60) if rank.status] == []
+
+
+def test_scales_that_are_gathered_follow_every_update(fp8_config, run_ranks, monkeypatch):
+    config = fp8_config(train__sharding="fsdp2", train__steps=3, log__sample_tokens=0)
+
+    def work(rank):
+        taken = []
+        real = loop.scale_weights
+        monkeypatch.setattr(loop, "scale_weights", lambda model: taken.append(real(model)))
+        train(config)
+        assert len(taken) == 4  # before the first step and after each
+
+    assert [(rank.status, rank.err) for rank in run_ranks(2, work, limit=60) if rank.status] == []
 
 
 @pytest.mark.scale

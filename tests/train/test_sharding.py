@@ -131,6 +131,21 @@ def test_loss_and_every_gradient_are_bitwise_those_of_the_whole_model(run_ranks,
     check(run_ranks(2, started(work)))
 
 
+def test_gradients_of_ranks_are_summed_in_fp32(run_ranks):
+    """The mean of two bf16 gradients has more digits than bf16, which would show in no other test: there both are the same."""
+
+    def work(rank):
+        model = build(2, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch(2, seed=rank)).loss.sum()
+        loss.backward()
+        for name, p in model.named_parameters():
+            if name.endswith(("_proj.weight", "lm_head.weight")) and (grad := whole(p.grad)).any():
+                assert not torch.equal(grad, grad.bfloat16().float()), name
+
+    check(run_ranks(2, started(work)))
+
+
 def test_ranks_may_choose_other_experts_and_still_have_the_weights_of_the_last_step(run_ranks):
     def work(rank):
         one, shared = build(), build(2)
