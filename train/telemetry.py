@@ -100,7 +100,7 @@ def rank_figures(accelerator: Accelerator, memory: int, waited: float) -> dict[s
 
     Returns:
         `ranks/memory_least`, `ranks/memory_most` (bytes), `ranks/data_wait` (seconds a step, the longest), `ranks/spread` (the
-        time of the slowest for the product, over the median of all) and `ranks/slowest` (which it is).
+        time of the slowest for the product, over the median of all, of two the faster) and `ranks/slowest` (which it is).
     """
     if accelerator.num_processes == 1:
         return {}
@@ -108,7 +108,7 @@ def rank_figures(accelerator: Accelerator, memory: int, waited: float) -> dict[s
     every, waits, seconds = accelerator.gather(own[None]).cpu().T
     return {
         "ranks/memory_least": every.min().item(), "ranks/memory_most": every.max().item(), "ranks/data_wait": waits.max().item(),
-        "ranks/spread": (seconds.max() / seconds.quantile(0.5)).item(), "ranks/slowest": int(seconds.argmax()),
+        "ranks/spread": (seconds.max() / seconds.median()).item(), "ranks/slowest": int(seconds.argmax()),
     }  # fmt: skip
 
 

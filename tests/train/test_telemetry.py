@@ -192,6 +192,14 @@ def test_ranks_are_set_apart_by_memory_wait_and_speed(run_ranks):
     assert [one.status for one in ended] == [0, 0, 0], ended
 
 
+def test_of_two_ranks_the_slow_one_is_held_against_the_other(run_ranks, monkeypatch):
+    def work(rank):
+        monkeypatch.setattr("train.telemetry.probe", lambda device: [1.0, 50.0][rank])
+        assert rank_figures(Accelerator(cpu=True), 1, 0.0)["ranks/spread"] == 50
+
+    assert [one.status for one in run_ranks(2, work)] == [0, 0]
+
+
 def test_the_probe_takes_time():
     assert 0 < probe(torch.device("cpu")) < 1
 
