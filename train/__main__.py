@@ -22,7 +22,7 @@ COMMANDS = {"prepare": prepare.main, "status": status.main, "tokenizer": tokeniz
 
 def main(argv: list[str]) -> int:
     """0: done, or stopped by a signal after saving; 2: bad input; 1: failure."""
-    to_terminal(int(os.environ.get("RANK", "0")))
+    to_terminal()
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of its machine fail for the same reason, as a rule
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -8,6 +8,7 @@ It is the same, byte for byte, whether one rank has the whole model or many shar
 process has everything), and any number of ranks can read it. `tensor_files` has what goes on between them.
 """
 
+import errno
 import json
 import logging
 import re
@@ -136,7 +137,8 @@ def _begin(unfinished: Path) -> None:
 
 def _look_for(unfinished: Path) -> None:
     if not (unfinished / "model").is_dir():
-        raise OSError(f"{unfinished}, which rank 0 made, is not there: run_dir must be on a disk that all ranks share")
+        message = "rank 0 made it, and it is not there: run_dir must be on a disk that all ranks share"
+        raise FileNotFoundError(errno.ENOENT, message, str(unfinished))
 
 
 def _finish(unfinished: Path, final: Path, small: dict[str, bytes], digests: dict[str, str]) -> None:

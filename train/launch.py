@@ -68,12 +68,18 @@ def check(config: RunConfig, asked: Mapping[str, str]) -> None:
 
 
 def join(environment: Mapping[str, str], timeout: timedelta) -> None:
-    """Joins the process group of a launch by torchrun, before Accelerate would.
+    """Joins the process group of a launch by torchrun, before Accelerate would, which shares out GPUs in turns.
 
     torchrun keeps one store for a start and its restarts (torch 2.13). What ranks of an earlier start left there is taken for
     addresses of this one: they cannot connect, or wait for each other. So the ranks of this start first agree on a part of the
     store of their own. The number of the restart does not tell starts apart: an agent that was itself replaced counts anew.
     """
+    devices, here = torch.cuda.device_count(), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < devices < here:
+        raise ValueError(
+            f"the launcher has started {here} ranks on this machine, which has {devices} GPU(s); start one for each "
+            f"(--nproc_per_node {devices}, --num_processes)."
+        )
     ranks = int(environment.get("WORLD_SIZE", "1"))
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or ranks == 1:
         return

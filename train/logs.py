@@ -9,20 +9,24 @@ FORMAT = "%(levelname)s %(name)s: %(message)s"
 OURS = ("train", "hybridlm")  # of others, warnings are enough
 
 
-def to_terminal(rank: int) -> None:
-    """Warnings on stderr, from the main process alone: the others have a file each."""
+def to_terminal() -> None:
+    """Warnings on stderr."""
     handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING if rank == 0 else logging.CRITICAL)
+    handler.setLevel(logging.WARNING)
     logging.basicConfig(format=FORMAT, handlers=[handler])
 
 
 @contextmanager
-def to_file(path: Path) -> Iterator[None]:
-    """Appends to `path`, with the time, what this rank does and warns of, and what ended it, with the traceback."""
+def to_file(path: Path, rank: int) -> Iterator[None]:
+    """Appends to `path`, with the time, what this rank does and warns of, and what ended it, with the traceback. Meanwhile only
+    the main process warns on the terminal too."""
     path.parent.mkdir(parents=True, exist_ok=True)  # where run_dir is not shared, only the main process has it
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {FORMAT}"))
     root, levels = logging.getLogger(), {name: logging.getLogger(name).level for name in OURS}
+    silenced = {other: other.level for other in root.handlers} if rank else {}
+    for other in silenced:
+        other.setLevel(logging.CRITICAL)
     root.addHandler(handler)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
@@ -34,5 +38,7 @@ def to_file(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+        for other, level in silenced.items():
+            other.setLevel(level)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

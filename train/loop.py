@@ -30,7 +30,7 @@ from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
-from train.run import append, check, claim, last_line, lock
+from train.run import appears, append, check, claim, last_line, lock
 from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
 from train.sharding import scale_weights
 from train.signals import stop_signals
@@ -108,12 +108,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         stream.seek(samples, cursor)
         everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
         if mesh is not None:  # all write checkpoints there; else it would be seen at the first of them
-            seen = (run_dir / "config.yaml").exists()
+            seen = appears(run_dir / "config.yaml")
             agree(accelerator, {"rank 0's config.yaml is in run_dir (is that on a disk that all share?)": seen})
-        outer.enter_context(logs.to_file(run_dir / "logs" / f"rank-{accelerator.process_index}.log"))
-        logger.info(
-            "rank %d of %d on %s, from step %d", accelerator.process_index, accelerator.num_processes, platform.node(), step
-        )
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        outer.enter_context(logs.to_file(run_dir / "logs" / f"rank-{rank}.log", rank))
+        logger.info("rank %d of %d on %s, from step %d", rank, ranks, platform.node(), step)
 
         # 2. The machine.
         bare, optimizer = model, accelerator.prepare(optimizer)

@@ -127,6 +127,14 @@ def claim(config: RunConfig, start_from: Path | None, step: int, ranks: int) -> 
         drop_after(run_dir / name, step if (run_dir / "model").is_symlink() else -1)  # `rewind` has linked one of this run
 
 
+def appears(path: Path) -> bool:
+    """Whether a file that another machine wrote is there. Where the disk is shared by a network, it may take some seconds."""
+    until = time.monotonic() + 10
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    return path.exists()
+
+
 def unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, … that is not there."""
     candidates = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(2))

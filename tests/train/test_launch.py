@@ -4,7 +4,7 @@ from datetime import timedelta
 import pytest
 from torch import distributed
 
-from train.launch import NEUTRAL, SHARDED, check, meet, take, told
+from train.launch import NEUTRAL, SHARDED, check, join, meet, take, told
 from train.loop import train
 
 SECOND = timedelta(seconds=1)
@@ -67,6 +67,13 @@ def test_a_run_refuses_what_it_does_not_use_whether_it_is_installed_or_not(make_
     monkeypatch.setenv(name, "4" if name.endswith("STEPS") else "inductor" if "DYNAMO" in name else "true")
     with pytest.raises(ValueError, match=r"it asks for .*, which this program does not use"):
         train(make_config())
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_waits_for_another(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    join({"LOCAL_WORLD_SIZE": "4"}, SECOND)
+    with pytest.raises(ValueError, match=r"started 8 ranks on this machine, which has 4 GPU\(s\)"):
+        join({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16", "TORCHELASTIC_USE_AGENT_STORE": "True"}, SECOND)
 
 
 def test_who_started_it():

@@ -21,13 +21,13 @@ def say():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_main_process_has_the_terminal_for_itself_and_each_rank_a_file(tmp_path, as_new, capsys, rank):
     as_new()
-    logs.to_terminal(rank)
+    logs.to_terminal()
     say()
-    with logs.to_file(tmp_path / "logs" / "rank.log"):
+    with logs.to_file(tmp_path / "logs" / "rank.log", rank):
         say()
     say()
     warnings = "WARNING train.loop: passing over\nWARNING others: beware\n"
-    assert capsys.readouterr().err == (3 * warnings if rank == 0 else "")
+    assert capsys.readouterr().err == (3 if rank == 0 else 2) * warnings  # before it has its file, and after
     lines = (tmp_path / "logs" / "rank.log").read_text().splitlines()
     said = ["INFO train.loop: step 3", "WARNING train.loop: passing over", "WARNING others: beware"]
     assert [line.split(" ", 2)[2] for line in lines] == said
@@ -36,7 +36,7 @@ def test_the_main_process_has_the_terminal_for_itself_and_each_rank_a_file(tmp_p
 def test_the_file_says_what_ended_the_run_and_is_gone_on_with(tmp_path, as_new):
     as_new()
     for number in (1, 2):
-        with pytest.raises(ZeroDivisionError), logs.to_file(tmp_path / "rank.log"):
+        with pytest.raises(ZeroDivisionError), logs.to_file(tmp_path / "rank.log", 0):
             logging.getLogger("train").info("start %d", number)
             1 / 0  # noqa: B018
     text = (tmp_path / "rank.log").read_text()
