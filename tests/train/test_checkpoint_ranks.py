@@ -107,7 +107,10 @@ def well(ended):
     assert [one.status for one in ended] == [0] * len(ended), "".join(one.err for one in ended)
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, SMALL), (2, SMALL), (2, tensor_files.FILE_BYTES), (3, SMALL), (4, SMALL)])
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(1, SMALL), (2, SMALL), (2, tensor_files.FILE_BYTES), (3, SMALL), pytest.param(4, SMALL, marks=pytest.mark.scale)],
+)
 def test_any_number_of_ranks_reads_all_of_it_and_writes_the_same_bytes(tmp_path, run_ranks, monkeypatch, count, size):
     monkeypatch.setattr(tensor_files, "FILE_BYTES", size)
     folder = save(tmp_path / "one", 7, *build(seed=7))
@@ -168,6 +171,7 @@ class Peak(TorchDispatchMode):
         self.now -= self.seen.pop(key, 0)
 
 
+@pytest.mark.scale
 def test_no_rank_holds_more_than_its_own_part_and_one_whole_tensor(tmp_path, run_ranks, monkeypatch):
     monkeypatch.setattr(tensor_files, "FILE_BYTES", 400_000)
     monkeypatch.setattr(ranks, "BLOCK", 512)

@@ -168,7 +168,7 @@ def test_sharded_fp8_weights_train_as_whole_ones_do(run_ranks):
     assert [(rank.status, rank.err) for rank in run_ranks(2, work, limit=60) if rank.status] == []
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.scale) for ranks in (2, 5))])
 def test_weights_whose_rows_do_not_divide_by_the_ranks_are_gathered_in_bf16(fp8_config, run_ranks, ranks):
     """in_proj has 112 rows, k_proj 16: on three ranks both are uneven, on five the last one has nothing of k_proj."""
 
@@ -193,6 +193,7 @@ def test_weights_whose_rows_do_not_divide_by_the_ranks_are_gathered_in_bf16(fp8_
     assert [(rank.status, rank.err) for rank in run_ranks(ranks, work, limit=60) if rank.status] == []
 
 
+@pytest.mark.scale
 def test_scales_that_are_gathered_follow_every_update(fp8_config, run_ranks, monkeypatch):
     config = fp8_config(train__sharding="fsdp2", train__steps=3, log__sample_tokens=0)
 

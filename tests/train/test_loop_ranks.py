@@ -205,6 +205,7 @@ def test_ranks_that_do_not_share_a_disk_are_told(make_config, run_ranks, tmp_pat
     assert re.search(says[what], ended[0].err)
 
 
+@pytest.mark.faults
 def test_ranks_that_share_a_model_must_share_the_disk_too(make_config, run_ranks, tmp_path):
     def work(rank):
         (tmp_path / f"{rank}").mkdir()
@@ -239,7 +240,7 @@ def test_a_batch_that_does_not_divide_on_one_rank_is_told_as_a_difference(make_c
     assert "rank 1: settings.train.global_batch: 4 -> 3" in ended[0].err
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp8", marks=pytest.mark.scale)])
 def test_ranks_that_share_a_narrow_model_train_validate_and_write(make_config, run_ranks, precision):
     shape = SHAPE | {"hybrid_override_pattern": "M-M*-M-", "mamba_num_heads": 16, "mamba_head_dim": 2}
     config = make_config(
@@ -251,6 +252,7 @@ def test_ranks_that_share_a_narrow_model_train_validate_and_write(make_config, r
     assert [sample["step"] for sample in samples] == [0, 2]
 
 
+@pytest.mark.faults
 def test_metrics_that_do_not_reach_the_disk_end_all_ranks_that_share_a_model(make_config, run_ranks):
     config = make_config(train__sharding="fsdp2", train__checkpoint_every=2)
 
@@ -270,6 +272,7 @@ def test_metrics_that_do_not_reach_the_disk_end_all_ranks_that_share_a_model(mak
     assert "rank 0: [Errno 5] broken" in ended[0].err
 
 
+@pytest.mark.faults
 def test_ranks_that_compute_other_last_bits_write_one_sample(make_config, run_ranks):
     """As other devices or kernels do: one would draw an end where the other goes on and waits for it."""
     config = make_config(train__sharding="fsdp2", train__steps=1, log__sample_tokens=40)
@@ -291,6 +294,7 @@ def test_ranks_that_compute_other_last_bits_write_one_sample(make_config, run_ra
     assert [one.status for one in ended] == [0, 0], ended
 
 
+@pytest.mark.faults
 def test_a_signal_to_another_rank_that_cuts_a_sample_off_has_it_written_again(make_config, run_ranks):
     config = make_config(train__sharding="fsdp2", train__steps=4, log__sample_tokens=30)
 
@@ -324,6 +328,7 @@ class Overflow(torch.autograd.Function):
         return gradient * math.inf
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_laid_to_it(make_config, run_ranks, sharding):
     config = make_config(train__sharding=sharding, train__on_nonfinite="skip", train__steps=3, log__sample_tokens=0)
