@@ -1,31 +1,25 @@
-"""The model: embed -> blocks -> norm -> head; initialisation, loss and generation."""
+"""The model: embed -> blocks -> norm -> head; loss and generation."""
 
-import math
 from functools import wraps
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
 from hybridlm.cache import HybridCache
-from hybridlm.checkpoint import check_folder, check_shards, weight_faults
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.masking import build_context, find_tokens
 from hybridlm.mixers import MIXERS
 from hybridlm.mixers.context import Context
-from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
-from hybridlm.mixers.moe import Router
-from hybridlm.mixers.parts import IntoResidual, KeepsWide, Linear, RMSNorm
+from hybridlm.mixers.parts import Linear, RMSNorm
 from hybridlm.ops import Ops, build_ops
 from hybridlm.ops.cross_entropy import IGNORE
+from hybridlm.pretrained import HybridLMPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -57,92 +51,6 @@ class Block(GradientCheckpointingLayer):
             torch.add(x[:, now], y, out=out[:, now])
             state = after or ()
         return out, *state
-
-
-class HybridLMPreTrainedModel(PreTrainedModel):
-    config: HybridLMConfig
-    config_class = HybridLMConfig
-    base_model_prefix = "backbone"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # num_items_in_batch
-    _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "e_score_correction_bias"]
-    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # Nemotron 3's heads for several tokens at once, which this model has not
-    _supports_sdpa = True
-    _is_stateful = True  # a recurrent state cannot be rolled back, which assisted generation would do
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, **kwargs) -> Any:
-        """Opens a folder that this library, transformers or NVIDIA wrote, or a name on the hub; arguments as in transformers.
-
-        Args:
-            backend: the operators' (`auto`, `eager`, `fused`, `naive`).
-            dtype: of the weights; A_log, D, dt_bias and the router's bias are fp32 in any case.
-            output_loading_info, ignore_mismatched_sizes: as in transformers, and then weights that do not fit are the caller's.
-
-        Raises:
-            ValueError: no model there, weights outside its folder, or weights that are missing, unknown or of another shape: all
-                of them listed.
-        """
-        name = pretrained_model_name_or_path
-        if name is None or kwargs.get("state_dict") is not None:
-            return super().from_pretrained(name, *args, **kwargs)
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("weights are read from safetensors files alone: others can run code when opened.")
-        check_folder(name, kwargs.get("subfolder", ""))
-        download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "variant")
-        lenient = kwargs.get("ignore_mismatched_sizes", False)
-        wants_info = kwargs.pop("output_loading_info", False)
-        listed = {"output_loading_info": True, "ignore_mismatched_sizes": lenient or not wants_info, "use_safetensors": True}
-        path = Path(name).expanduser()
-        try:
-            check_shards(name, **{key: kwargs[key] for key in download if key in kwargs})
-            loaded: Any = super().from_pretrained(path if path.exists() else name, *args, **kwargs | listed)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{name} is no checkpoint: {error}") from None
-        except (RuntimeError, MemoryError) as error:
-            if "allocate" not in str(error):
-                raise
-            raise ValueError(f"{name} cannot be opened, its config.json asks for more memory than there is: {error}") from error
-        model, info = loaded
-        for module in model.modules():
-            if isinstance(module, KeepsWide):  # a few numbers that were not converted would keep the whole file in memory
-                for wide in (getattr(module, wide) for wide in module.WIDE):
-                    wide.data = wide.data.clone()
-        if wants_info:
-            return model, info
-        faults = weight_faults(info | ({"mismatched_keys": []} if lenient else {}))
-        if faults:
-            raise ValueError(f"the weights of {name} do not fit its config.json; {'; '.join(faults)}.")
-        return model
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The initialisation of every weight there is (facts in Mamba-2's and Nemotron-H's own code)."""
-        c = self.config
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            into_residual = c.rescale_prenorm_residual and isinstance(module, IntoResidual)
-            init.normal_(module.weight, std=c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1))
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv1d):
-            bound = 1 / math.sqrt(c.conv_kernel)
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, Mamba2):
-            heads = module.dt_bias.shape
-            init.copy_(module.A_log, torch.empty(heads).uniform_(1, 16).log())
-            init.ones_(module.D)
-            low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        elif isinstance(module, Router):
-            init.normal_(module.weight, std=c.initializer_range)
-            init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, (RMSNorm, GatedNorm)):
-            init.ones_(module.weight)
 
 
 class HybridLMModel(HybridLMPreTrainedModel):

@@ -19,7 +19,8 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.memory import GIB, Plan, fits, peak_bytes
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
-from train.config import SCHEMA, Train, dump, parse, parse_command_line
+from train.command_line import parse_command_line
+from train.config import SCHEMA, Train, dump, parse
 from train.loop import train
 from train.optim import learning_rate
 

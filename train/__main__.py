@@ -10,7 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
 from train import prepare, status, tokenizer
-from train.config import dump, parse_command_line
+from train.command_line import parse_command_line
+from train.config import dump
 from train.logs import to_terminal
 from train.loop import train
 from train.ranks import RanksError

@@ -1,24 +1,21 @@
-"""The configuration of a run: nested frozen dataclasses, filled from a YAML file and the command line.
+"""The configuration of a run: nested frozen dataclasses, filled from a YAML file and the command line (train/command_line.py).
 
 The docstring under a field is its help; its type and bounds are checked, all faults in one message.
 """
 
-import argparse
 import difflib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hybridlm import HybridLMConfig
 from hybridlm.pattern import SYMBOLS, unknown_symbols
-from hybridlm.strict_yaml import dump_yaml, load_yaml, parse_yaml
+from hybridlm.strict_yaml import dump_yaml, load_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -203,7 +200,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
     try:
         config = _checked(values)
     except ValidationError as error:
-        raise ValueError(_message([_explain(e) for e in error.errors()])) from None
+        raise ValueError(fault_list([_explain(e) for e in error.errors()])) from None
     model, schedule = config.model, config.schedule
     if model.config is None and model.init_from is None:
         faults.append("model: set model.config (a new model) or model.init_from (weights to start from).")
@@ -230,7 +227,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
     except ValueError as error:
         faults.append(f"model.config: {error}")
     if faults:
-        raise ValueError(_message(faults))
+        raise ValueError(fault_list(faults))
     return _checked(values | {"run_dir": os.path.expanduser(config.run_dir)})
 
 
@@ -299,91 +296,11 @@ def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, info
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
-        description="Train a model. Settings come from the file, then from the command line.",
-        allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings of a run")
-    parser.add_argument(
-        "--resume",
-        metavar="auto|never|PATH",
-        default="auto",
-        help="auto: go on from the run's newest valid checkpoint, or start (default)\n"
-        "never: the run directory must be empty\nPATH: go on from this checkpoint folder",
-    )
-    parser.add_argument("--allow-config-change", action="store_true", help="go on with other settings than the run began with")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
-    group = parser.add_argument_group("settings (type, default)")
-    for name, info in leaves():
-        default = "required" if info.is_required() else f"default {info.default}"
-        group.add_argument(
-            f"--{name}", metavar="V", help=f"{info.description.replace('%', '%%')}\n({_type_name(info)}, {default})"
-        )
-    return parser
-
-
-def parse_command_line(argv: list[str]) -> tuple[RunConfig, argparse.Namespace]:
-    """Reads `--config FILE` and overrides.
-
-    Raises:
-        ValueError: an unknown flag (with the nearest), or what `parse` finds.
-    """
-    arguments, unknown = argument_parser().parse_known_args(argv)
-    faults = [_unknown(word.split("=")[0].removeprefix("--"), "flag --") for word in unknown if word.startswith("--")]
-    if unknown and not faults:
-        faults = [f"unexpected argument {unknown[0]!r}."]
-    if faults:
-        raise ValueError(_message(faults))
-    values = load_yaml(arguments.config)
-    for name, info in leaves():
-        if (text := getattr(arguments, name)) is not None:
-            *sections, last = name.split(".")
-            target = values
-            for section in sections:
-                target[section] = {} if target.get(section) is None else target[section]
-                target = target[section]
-                if not isinstance(target, dict):
-                    raise ValueError(_message([f"{section} in {arguments.config} must hold `key: value` lines; got {target!r}."]))
-            target[last] = _value(name, text, info)
-    return parse(values), arguments
-
-
-def _value(name: str, text: str, info: Any) -> Any:
-    """What a flag's words mean: where text is wanted they are it, but for `null` and, for a shape, a mapping in braces."""
-    kinds = {info.annotation, *get_args(info.annotation)}
-    if str in kinds and not (NoneType in kinds and text == "null") and not (dict[str, Any] in kinds and text.startswith("{")):
-        return text
-    try:
-        return parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(_message([f"--{name}: {text!r} cannot be read: {error}"])) from None
-
-
-def _type_name(info: Any) -> str:
-    """`int | None` for what reads `Annotated[int, Field(gt=0)] | None` in the class."""
-
-    def name(annotation: Any) -> str:
-        if get_origin(annotation) is Annotated:
-            return name(get_args(annotation)[0])
-        if get_origin(annotation) is Literal:
-            return "|".join(get_args(annotation))
-        if get_origin(annotation) in (list, tuple):
-            return f"list of {name(get_args(annotation)[0])}"
-        if get_origin(annotation) in (Union, UnionType):
-            return " | ".join(name(a) for a in get_args(annotation))
-        return {type(None): "null", dict[str, Any]: "mapping", BlendEntry: "mapping"}.get(annotation) or annotation.__name__
-
-    return name(info.annotation)
-
-
-def _message(faults: list[str]) -> str:
+def fault_list(faults: list[str]) -> str:
     return "\n".join([f"the configuration has {len(faults)} fault(s):", *(f"  {fault}" for fault in faults)])
 
 
-def _unknown(name: str, what: str) -> str:
+def unknown_name(name: str, what: str) -> str:
     known = [known for known, _ in leaves()] + [f.name for f in fields(RunConfig)]
     known += [f"data.blend.{f.name}" for f in fields(BlendEntry)]
     last = name.rsplit(".", 1)[-1]
@@ -394,7 +311,7 @@ def _unknown(name: str, what: str) -> str:
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"] if part not in ("str", "dict[str,any]"))
     if error["type"] == "unexpected_keyword_argument":
-        return _unknown(name, "key ")
+        return unknown_name(name, "key ")
     if error["type"] in ("missing", "missing_argument"):
         return f"{name} is missing; set it in the file or with --{name}."
     came = repr(error["input"])

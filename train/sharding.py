@@ -12,6 +12,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, Work
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
@@ -61,8 +62,8 @@ def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) ->
 class GatherBytes(DefaultAllGather):
     """gloo knows no FP8, but bytes."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs):
-        return super().__call__(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), *args, **kwargs)
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False) -> Work | None:
+        return super().__call__(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), group, async_op)
 
 
 def scale_weights(model: nn.Module) -> None:
