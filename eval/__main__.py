@@ -156,6 +156,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    import hybridlm  # noqa: F401  # before transformers: it filters out what torchao says when that imports it
+
     try:
         args.run_command(args)
     except ValueError as error:

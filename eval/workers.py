@@ -18,7 +18,7 @@ def worker(module: str) -> Iterator[ProcessPoolExecutor]:
     An error or Ctrl-C while it is open kills it, so that nobody waits for what it is computing.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload(["hybridlm", module])  # in this order, as in `eval.__main__`
     # The terminal sends Ctrl-C to every process; only the one that wrote the results down may act on it.
     with ProcessPoolExecutor(1, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         pid = pool.submit(os.getpid).result()

@@ -1,7 +1,6 @@
 """How commands write: plain tables, JSON, figures for people, and no noise of the libraries below."""
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +36,8 @@ def write_json(content: Any, path: str | Path) -> None:
 
 
 def quiet() -> None:
-    """No bars and warnings of transformers: ours say what is going on. Nor those of torchao, which it imports where it is
-    installed, about kernels for GPUs that are not here."""
-    from transformers.utils import logging as of_transformers
+    """No bars and warnings of transformers: ours say what is going on."""
+    from transformers.utils import logging
 
-    of_transformers.disable_progress_bar()
-    of_transformers.set_verbosity_error()
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
