@@ -23,7 +23,7 @@ bench: .venv/ready  ## speed and memory beside stock transformers, in about twel
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 tests
 
-faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; and what the care costs; about eleven minutes on two cores
+faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; and what the care costs; about a quarter of an hour on two cores
 	$(BIN)/python -m pytest -n 2 -m faults tests
 
 scale: .venv/ready  ## real launches of 1 to 4 ranks, sharded and not, restarts, two agents, FP8 against bf16; about a quarter of an hour on two cores
