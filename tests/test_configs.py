@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 
 import hybridlm.__main__
@@ -174,6 +176,17 @@ def test_accelerate_reads_its_files(file):
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
     assert config.num_machines == (2 if "multi" in file.stem else 1)
+
+
+@every(ACCELERATE)
+def test_the_command_that_a_file_names_starts_what_it_says(file):
+    (command,) = re.findall(r"^#   accelerate launch ((?:.*\\\n)?.*)", file.read_text(), flags=re.M)
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(shlex.split(command.replace("\\\n#", ""))))
+    assert file.samefile(arguments.config_file)
+    assert (arguments.module, arguments.training_script) == (True, "train")
+    assert arguments.use_fsdp == file.stem.startswith("fsdp2")
+    if "multi" in file.stem:  # else every node would take itself for the first
+        assert arguments.rdzv_backend == "c10d" and arguments.main_process_ip == "HOST"
 
 
 def test_the_pods_of_kubernetes_have_what_a_run_needs():
