@@ -3,11 +3,12 @@
 The rates are assumptions, those of H100 machines on paper: nothing here was measured on a cluster.
 """
 
+from math import lcm
 from typing import Any
 
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.flops import layer_flops, training_flops
-from hybridlm.fp8 import EDGE
+from hybridlm.fp8 import EDGE, MULTIPLE
 from hybridlm.memory import NODE, Plan, group_bytes
 from hybridlm.twin import count_parameters, parameters_by_kind
 
@@ -34,8 +35,9 @@ def sent_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
     gathered = sum(groups[symbol] for symbol in pattern)
     if plan.precision == "fp8":  # what multiplies in FP8 is gathered in it, where every GPU has as many rows
         of_kind = matrices(config)
-        narrow = (shape for symbol in pattern[EDGE:-EDGE] for shape in of_kind[symbol])
-        gathered -= sum(rows * columns for rows, columns in narrow if rows % plan.gpus == 0)
+        middle = (shape for symbol in pattern[EDGE:-EDGE] for shape in of_kind[symbol])
+        whole = lcm(plan.gpus, MULTIPLE)
+        gathered -= sum(rows * columns for rows, columns in middle if not (rows % whole or columns % MULTIPLE))
     gathered += 4 * (kinds["embedding"] + kinds["norm"]) + plan.width * kinds["head"]
     return {"gathered": 2 * gathered * others, "reduced": 4 * total * others}
 

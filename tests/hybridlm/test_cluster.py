@@ -6,6 +6,7 @@ import torch
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cluster import NIC, NVLINK, SUSTAINED, communication, matrices, sent_bytes, step_flops
 from hybridlm.flops import forward_flops, training_flops
+from hybridlm.fp8 import convert, linear_class
 from hybridlm.memory import Plan
 from hybridlm.strict_yaml import load_yaml
 from hybridlm.twin import parameters_by_kind
@@ -37,6 +38,19 @@ def test_what_is_sent(largest):
     wide, narrow = (sent_bytes(largest, plan)["gathered"] for plan in plans)
     # 768 = 3 x 256 divides the rows of no matrix of this model.
     assert wide == narrow
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 7])
+def test_what_fp8_narrows_is_what_is_converted(gpus):
+    """In the demo 16 does not divide the 580 rows of in_proj; 3 divides no rows, 7 the 448 of an FFN."""
+    config = HybridLMConfig.from_strict_dict(load_yaml("configs/model/demo.yaml"))
+    with torch.device("meta"):
+        model = HybridLMForCausalLM(config)
+    convert(model, "cpu", unfit="bf16", emulate=True, ranks=gpus)
+    layers = [module for module in model.modules() if isinstance(module, linear_class())]
+    narrow = sum(layer.weight.numel() for layer in layers if layer.config.enable_fsdp_float8_all_gather)
+    wide, fp8 = (sent_bytes(config, replace(SHARDED, gpus=gpus, precision=name))["gathered"] for name in ("bf16", "fp8"))
+    assert wide - fp8 == pytest.approx(2 * narrow * (gpus - 1) / gpus)
 
 
 @pytest.mark.parametrize("file", ["nemotron-h-8b", "nemotron-3-nano-30b", "tiny"])
@@ -75,6 +89,9 @@ def test_a_run_takes_as_long_as_the_slower_of_the_two(largest):
     assert found["tokens"] == pytest.approx(20e12, rel=1e-6)
     assert found["days_best"] == pytest.approx(steps * 3 * found["compute_seconds"] / 86400)
     assert found["days_worst"] == pytest.approx(steps * 3 * found["seconds_worst"] / 86400)  # 9.1 against 6.9 s
+    # Three sequences at a time take as long to compute, and are sent for once.
+    three = communication(largest, replace(SHARDED, micro_batch=3), steps)
+    assert three["days_worst"] == pytest.approx(found["days_best"])
     whole = communication(largest, replace(SHARDED, sharding="none"), steps)  # gradients once a step, not three times
     assert whole["days_worst"] == pytest.approx(steps * max(3 * whole["compute_seconds"], whole["seconds_worst"]) / 86400)
     assert "days_best" not in communication(largest, SHARDED, None)
