@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hybridlm.configuration import HybridLMConfig
+from hybridlm.ops.cross_entropy.eager import block_rows
 from hybridlm.pattern import SYMBOLS
 from hybridlm.twin import count_parameters, parameters_by_kind
 
@@ -15,7 +16,6 @@ GIB = 2**30
 MARGIN = 0.10  # share of a GPU's memory that must stay free for the allocator, CUDA and NCCL
 NODE = 8  # GPUs in a machine
 MOST_GPUS = 16_384  # past which no remedy is looked for
-LOGIT_ROWS = 256  # of the logits that exist at a time: LEAST_ROWS of the loss, for a vocabulary of over 8,192
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def moments(config: HybridLMConfig, plan: Plan) -> dict[str, dict[str, float]]:
     # The loss sums the head's gradient in fp32 and hands it on in the width in which the weight was gathered.
     head = (4 + 2 * w if sharded else 8) * kinds["head"]
     return {
-        "loss": {"activations": kept, "head": head, "logits": 8 * min(LOGIT_ROWS, tokens) * c.vocab_size},
+        "loss": {"activations": kept, "head": head, "logits": 8 * min(block_rows(c.vocab_size), tokens) * c.vocab_size},
         "layers": {
             "activations": kept,
             "work": tokens * max(work.values()),
@@ -189,7 +189,7 @@ def remedies(config: HybridLMConfig, plan: Plan, memory: float) -> list[Plan]:
     small = replace(plan, recompute=everything, micro_batch=1)
     several = [small, replace(small, sharding=shared.sharding), *more_gpus(config, small, memory)]
     for plans in (single, several):
-        if found := [p for p in dict.fromkeys(plans) if p != plan and fits(config, p, memory)]:
+        if found := [p for p in plans if fits(config, p, memory)]:
             return found if plans is single else found[:1]
     return []
 

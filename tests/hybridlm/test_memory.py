@@ -22,6 +22,7 @@ from hybridlm.memory import (
     block_work,
     cache_bytes,
     fits,
+    group_bytes,
     longest_context,
     moments,
     peak_bytes,
@@ -41,9 +42,9 @@ WIDE = {
     "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 80,
 }  # fmt: skip
 WORKING = WIDE | {
-    "hybrid_override_pattern": "M*-", "hidden_size": 128, "intermediate_size": 672, "num_attention_heads": 2,
+    "hybrid_override_pattern": "M*-E", "hidden_size": 128, "intermediate_size": 672, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 1, "ssm_state_size": 64,
-    "chunk_size": 64, "vocab_size": 128,
+    "chunk_size": 64, "vocab_size": 128, "moe_intermediate_size": 32,
 }  # fmt: skip
 
 
@@ -141,8 +142,9 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("w", [4, 2])
 def test_the_work_of_a_layers_backward_pass_is_covered(w, tiny_model, as_on_a_gpu):
+    """Of experts that are not wider than the model; they work one after the other, and are counted as if all did at once."""
     model, t = tiny_model("eager", **WORKING), 256
-    for symbol, block in zip("M*-", model.backbone.layers):
+    for symbol, block in zip("M*-E", model.backbone.layers):
         x = torch.randn(1, t, 128, requires_grad=True)
         with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
             y = block(x, Context())[0]
@@ -155,17 +157,20 @@ def test_the_work_of_a_layers_backward_pass_is_covered(w, tiny_model, as_on_a_gp
 
 
 @pytest.mark.parametrize(("name", "w"), [("fp32", 4), ("bf16", 2)])
-def test_a_large_vocabulary_is_covered(name, w, tiny_model, as_on_a_gpu):
-    """On one GPU, where head and embedding are all there is: the loss, and then the embedding's gradient."""
-    model = tiny_model("eager", **WORKING | {"hybrid_override_pattern": "-", "vocab_size": 8192, "intermediate_size": 16}).train()
-    ids = torch.randint(8192, (1, 16))
+@pytest.mark.parametrize(("vocabulary", "t"), [(8192, 16), (8192, 600)])
+def test_a_large_vocabulary_is_covered(vocabulary, t, name, w, tiny_model, as_on_a_gpu):
+    """On one GPU, where head and embedding are all there is: the loss, with few or many logits at a time, and then the
+    embedding's gradient."""
+    changes = {"hybrid_override_pattern": "-", "vocab_size": vocabulary, "intermediate_size": 16}
+    model = tiny_model("eager", **WORKING | changes).train()
+    ids = torch.randint(vocabulary, (1, t))
     with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         before, live.most = live.now, 0
         model(ids, targets=ids).loss.sum().backward()
     weights = sum(p.numel() * 4 for p in model.parameters())
-    counted = sum(moments(model.config, Plan(precision=name, seq_len=16))["loss"].values())
+    counted = sum(moments(model.config, Plan(precision=name, seq_len=t))["loss"].values())
     # The weights are counted too, when an operator first gives a view of them.
     assert 0.95 * (live.most - before - weights) <= counted <= 1.3 * (live.most - before)
 
@@ -219,6 +224,23 @@ def test_the_state_is_shared_by_those_who_share():
     assert sharded == {"weights": total / 2, "gradients": total / 2, "moments": total, "copy": 0, "buckets": 0}
 
 
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True, "mlp_bias": True, "attention_bias": True, "moe_latent_size": 40}])
+@pytest.mark.parametrize("w", [4, 2])
+def test_a_group_is_its_matrices_in_the_width_of_products_and_the_rest_in_fp32(w, changes, tiny_model):
+    model = tiny_model(**WIDE | changes)
+    for symbol, block in zip("M*-E", model.backbone.layers, strict=True):
+        linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        narrow = sum(p.numel() for linear in linears for p in linear.parameters())
+        every = sum(p.numel() for p in block.parameters())
+        assert group_bytes(model.config, w)[symbol] == w * narrow + 4 * (every - narrow), symbol
+
+
+def test_weights_at_inference():
+    config, total = shape("8b"), 8_100_852_736
+    outside = 2 * 131072 * 4096 + 4096  # embedding, head and last norm
+    assert weight_bytes(config) == {"fp32": 4 * total, "bf16": 2 * total, "fp8": (total - outside) + 2 * outside}
+
+
 def test_only_shards_are_gathered():
     config = shape("8b")
     alone, sharded = (moments(config, Plan(gpus=8, sharding=sharding))["layers"] for sharding in ("none", "fsdp2"))
@@ -233,6 +255,7 @@ def test_recomputed_layers_are_there_once_again():
     config = shape("8b")
     kept, again = (moments(config, Plan(recompute=kinds, seq_len=4096))["layers"]["work"] for kinds in ("", "M"))
     assert again - kept == pytest.approx(4096 * (block_activations(config, "M", 2, 4096) - 4 * 4096))  # but for its input
+    assert moments(config, Plan(recompute="E", seq_len=4096))["layers"]["work"] == kept  # a kind that the model has not
 
 
 @pytest.mark.parametrize(("gpus", "memory"), [(8, 80), (64, 80), (64, 40), (8, 141), (1, 24)])
@@ -243,6 +266,7 @@ def test_remedies_fit_and_are_the_nearest(gpus, memory, batch):
     assert not fits(config, plan, memory)
     for other in remedies(config, plan, memory):
         assert peak_bytes(config, other) <= (1 - MARGIN) * memory
+        assert other.gpus >= gpus
         if other.gpus > gpus:
             fewer = [n for n in (2, 4, *range(8, other.gpus, 8)) if gpus < n < other.gpus]
             fewer = [n for n in fewer if batch is None or batch % (n * other.micro_batch) == 0]
@@ -258,7 +282,11 @@ def test_which_remedies_there_are():
     assert (several.recompute, several.micro_batch, several.gpus) == ("M*-", 1, 32)
     (several,) = remedies(small, replace(sharded, micro_batch=8), 40 * GIB)  # the least that is enough, and not more GPUs besides
     assert (several.recompute, several.micro_batch, several.gpus) == ("M*-", 1, 8)
-    assert remedies(small, Plan(gpus=8), 80 * GIB)[0].sharding == "fsdp2"
+    assert [(p.sharding, p.gpus) for p in remedies(small, Plan(gpus=64), 80 * GIB)] == [("fsdp2", 64), ("fsdp2", 72)]
+    (several,) = remedies(small, Plan(gpus=8, micro_batch=8), 80 * GIB)  # as many GPUs are enough if they share
+    assert (several.sharding, several.recompute, several.micro_batch, several.gpus) == ("fsdp2", "M*-", 1, 8)
+    room = peak_bytes(small, Plan(sharding="fsdp2")) / (1 - MARGIN)  # without autocast's copy it would fit
+    assert [(p.sharding, p.recompute, p.gpus) for p in remedies(small, Plan(), room)] == [("none", "M*-", 1), ("fsdp2", "", 2)]
     assert remedies(large, sharded, 24 * GIB) == []  # the activations of one sequence alone are more
     assert remedies(large, replace(sharded, global_batch=16), 80 * GIB) == []  # as many GPUs as sequences are too few
 

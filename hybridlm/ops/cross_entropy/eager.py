@@ -51,8 +51,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(LEAST_ROWS, BLOCK_BYTES // (4 * len(weight)))
+    size = block_rows(len(weight))
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
+
+
+def block_rows(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(LEAST_ROWS, BLOCK_BYTES // (4 * vocabulary))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
