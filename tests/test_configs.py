@@ -18,7 +18,9 @@ from accelerate.state import AcceleratorState
 
 import hybridlm.__main__
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.cluster import communication
 from hybridlm.memory import GIB, Plan, fits, peak_bytes
+from hybridlm.output import BYTES, scaled
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
 from train.command_line import parse_command_line
@@ -164,6 +166,30 @@ def test_the_tables_of_scale_are_those_of_inspect():
                 plan = Plan(gpus=int(gpus), sharding="fsdp2", precision="fp8", recompute=recompute)
                 value = f"{peak_bytes(config, plan) / GIB:.1f}"
                 assert cell == (f"**{value}**" if fits(config, plan, 80 * GIB) else value), (size, gpus, recompute)
+
+
+def test_what_scale_says_of_time_is_what_inspect_says():
+    text = (ROOT / "docs/scale.md").read_text()
+    configs = {
+        size: HybridLMConfig.from_strict_dict(load_yaml(f"configs/model/nemotron-h-{size}.yaml")) for size in ("8b", "56b")
+    }
+    steps = {"8b": 2384186, "56b": 3178914}
+    shown = lambda *values: " to ".join(dict.fromkeys(f"{v:,.0f}" if v >= 100 else f"{v:.2g}" for v in values))  # noqa: E731
+    rows = {name.split(",")[0]: cells.split(" | ") for name, cells in re.findall(r"^\| (\w[^|]*?) \| (.*) \|$", text, flags=re.M)}
+    for i, size in enumerate(configs):
+        found = communication(configs[size], Plan(gpus=256, sharding="fsdp2", global_batch=768), None)
+        assert rows["sending"][i] == shown(found["seconds_best"], found["seconds_worst"]) + " s"
+        hidden = rows["tokens of a GPU in a micro-batch that hide the sending"][i]
+        assert hidden == shown(found["tokens_to_hide_best"], found["tokens_to_hide_worst"])
+        for name in ("gathered", "reduced"):
+            assert rows[name][i] == scaled(found["bytes"][name], BYTES)
+        for gpus in (64, 256, 768):
+            plan = Plan(gpus=gpus, sharding="fsdp2", global_batch=768, recompute="M-" if size == "56b" else "")
+            found = communication(configs[size], plan, steps[size])
+            ends = [round(found[f"days_{case}"]) for case in ("best", "worst")]
+            assert rows[f"{gpus} GPUs"][i] == " to ".join(dict.fromkeys(f"{days:,}" for days in ends))
+    alone, whole = (peak_bytes(configs["8b"], Plan(gpus=gpus, recompute="M*-")) / GIB for gpus in (1, 8))
+    assert f"On one GPU the 8B needs {alone:.0f} GiB" in text and f"(`train.sharding: none`) it needs {whole:.0f}," in text
 
 
 @every(ACCELERATE)
