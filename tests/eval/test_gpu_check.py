@@ -141,8 +141,10 @@ def test_the_command_writes_the_figures(command, monkeypatch, small, tmp_path, e
         assert "fp8: 8 of 17 linear layers" in out and "last loss" in out
         assert [row["precision"] for row in content["fp8"]["rows"]] == ["bf16", "fp8"]
     else:
-        assert "fp8 needs a CUDA device, and this is cpu" in out
+        assert "\n\nfp8 needs a CUDA device, and this is cpu" in out
         assert content["fp8"].keys() == {"refused"}
+        _, out, _ = command("gpu-check", "--json", "-")
+        assert json.loads(out)["fp8"] == content["fp8"]
 
 
 def test_fp8_is_trained_beside_bf16_from_the_same_weights_on_the_same_tokens(small, monkeypatch):

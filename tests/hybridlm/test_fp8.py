@@ -104,6 +104,9 @@ def test_where_fp8_cannot_run_it_says_why(fitting, monkeypatch):
     assert refusal("cuda", emulate=True) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert refusal("cuda") is None
+    model = fitting()
+    convert(model, "cuda")
+    assert {m.config.emulate for m in model.modules() if isinstance(m, linear_class())} == {False}
 
 
 @pytest.mark.parametrize("emulate", [True, False])

@@ -176,6 +176,7 @@ def test_weights_whose_rows_do_not_divide_by_the_ranks_are_gathered_in_bf16(fp8_
         dist.init_process_group("gloo")
         mesh = dist.init_device_mesh("cpu", (ranks,))
         model, whole = build_model(fp8_config(), mesh=mesh), build_model(fp8_config())
+        assert sum(isinstance(module, linear_class()) for module in model.modules()) == 8
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
         ids = torch.randint(258, (1, 17), generator=torch.Generator().manual_seed(0))
         for step in range(2):

@@ -248,3 +248,23 @@ def test_ddp_sends_gradients_alone_and_has_buckets(capsys):
     assert "each with the whole model (DDP)" in out and "its buckets for gradients" in out
     assert not re.search("^gathered", out, flags=re.M) and re.search("^reduced .* a step: gradients", out, flags=re.M)
     assert "inference: 80.0 GiB hold the weights in bf16 and the cache of 3,723,484 tokens" in out
+    assert re.search(r"^sending +0\.126 s +a step, at 450 GB/s into a GPU$", out, flags=re.M)  # 2 x 4 x 8.1e9 x 7/8 / 450e9
+
+
+def test_a_model_without_attention_takes_a_context_of_any_length(tiny, tmp_path, capsys):
+    (tmp_path / "shape.yaml").write_text(json.dumps(tiny(hybrid_override_pattern="M-")))
+    assert main(["inspect", str(tmp_path / "shape.yaml"), "--memory", "80G"]) == 0
+    assert "inference: 80.0 GiB hold the weights in bf16 and a context of any length" in capsys.readouterr().out
+
+
+def test_the_page_says_what_is_kept_and_what_the_fullest_moment_is(capsys):
+    shape = str(SHAPES / "nemotron-h-8b.yaml")
+    assert main(["inspect", shape, "--recompute", "M*-", "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)["training"]
+    sizes = content["activation_bytes"]
+    assert sizes["all_recomputed"] == sizes["as_planned"] < sizes["all_kept"]
+    assert main(["inspect", shape, "--recompute", "M*-"]) == 0
+    out = capsys.readouterr().out
+    fullest = max(content["moments"], key=lambda name: sum(content["moments"][name].values()))
+    assert f"what is there all the time, and what comes at the {fullest}\n" in out
+    assert "gathered" not in out  # what there is nothing of is left out
