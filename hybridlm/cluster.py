@@ -18,7 +18,7 @@ NIC = 50e9  # bytes/s into a GPU from other machines: 400 Gbit/s each
 
 
 def step_flops(config: HybridLMConfig, plan: Plan) -> float:
-    """FLOPs per token of a training step with what is recomputed."""
+    """FLOPs per token of a training step with the layers that are recomputed; the head's logits, which always are, left out."""
     return training_flops(config, plan.seq_len) + sum(
         config.hybrid_override_pattern.count(symbol) * layer_flops(config, symbol, plan.seq_len) for symbol in set(plan.recompute)
     )

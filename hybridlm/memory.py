@@ -120,7 +120,7 @@ def activation_bytes(config: HybridLMConfig, plan: Plan) -> float:
     """What backward needs of a micro-batch when it begins: of a layer that is recomputed its input alone."""
     each = {symbol: block_activations(config, symbol, plan.width, plan.seq_len) for symbol in set(config.hybrid_override_pattern)}
     each |= dict.fromkeys(plan.recompute, 4 * config.hidden_size)
-    last = 8 * config.hidden_size + 8  # input and result of the last norm, its scale, and the loss
+    last = (4 + plan.width) * config.hidden_size + 16  # of the last norm input, result and scale; of the loss a target and a sum
     return plan.tokens * (sum(each[symbol] for symbol in config.hybrid_override_pattern) + last)
 
 

@@ -68,7 +68,8 @@ def test_recomputing_costs_a_forward_pass_of_those_layers(largest):
     forward = forward_flops(largest, 8192)
     every = step_flops(largest, replace(SHARDED, recompute="M*-"))
     assert every - plain == pytest.approx(sum(forward.values()) - forward["head"])
-    assert plain < step_flops(largest, replace(SHARDED, recompute="M")) < every
+    once = step_flops(largest, replace(SHARDED, recompute="M"))
+    assert plain < once == step_flops(largest, replace(SHARDED, recompute="MM")) < every
 
 
 def test_communication_hides_behind_enough_tokens(largest):
@@ -80,6 +81,8 @@ def test_communication_hides_behind_enough_tokens(largest):
         seconds = found[f"tokens_to_hide_{case}"] * step_flops(largest, SHARDED) / SUSTAINED
         assert seconds == pytest.approx(found[f"seconds_{case}"])
     assert found["compute_seconds"] == 8192 * training_flops(largest, 8192) / SUSTAINED
+    longer = communication(largest, replace(SHARDED, micro_batch=2), None)
+    assert longer["compute_seconds"] == pytest.approx(2 * found["compute_seconds"])
     assert found["sequences_per_gpu"] == 3 and found["most_gpus"] == 768
 
 

@@ -76,7 +76,7 @@ def test_cache_bytes_are_those_of_a_real_cache(pattern, length, tiny_model, draw
 def bytes_kept(block, x):
     """What autograd keeps of a block's forward pass; parameters and autocast's copies of them left out."""
     weights, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
-    copies = {tuple(p.T.shape) for p in block.parameters() if p.ndim == 2}
+    copies = {tuple(s) for p in block.parameters() if p.ndim == 2 for s in (p.shape, p.T.shape)}
 
     def keep(t):
         copied = t.dtype == torch.bfloat16 and tuple(t.shape) in copies
@@ -116,6 +116,27 @@ def test_recomputing_keeps_the_input_alone(tiny_model, as_on_a_gpu):
         saved = sum(each[symbol] - 4 * 96 * 500 for symbol in kinds)
         assert activation_bytes(config, replace(plan, recompute=kinds)) == pytest.approx(all_kept - saved)
     assert activation_bytes(config, replace(plan, micro_batch=4)) == 2 * all_kept
+
+
+class Tail(torch.nn.Module):
+    """What comes behind the layers."""
+
+    def __init__(self, model, targets):
+        super().__init__()
+        self.norm, self.head, self.targets = model.backbone.norm_f, model.lm_head, targets
+
+    def forward(self, x, context):
+        return self.head(self.norm(x), self.targets)
+
+
+@pytest.mark.parametrize(("name", "w"), [("fp32", 4), ("bf16", 2)])
+def test_what_the_last_norm_and_the_loss_keep(name, w, tiny_model, draw_ids, as_on_a_gpu):
+    model = tiny_model("eager", **WIDE)
+    x = torch.randn(2, 250, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
+        kept = bytes_kept(Tail(model, draw_ids(2, 250)), x)
+    plan = Plan(precision=name, seq_len=250, micro_batch=2, recompute="M*-E")
+    assert activation_bytes(model.config, plan) - 4 * 4 * 96 * 500 == pytest.approx(kept, rel=0.01)
 
 
 class Live(TorchDispatchMode):
