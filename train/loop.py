@@ -81,7 +81,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         everywhere(accelerator, lambda: main and held.enter_context(lock(run_dir)))
         # It reads all of a checkpoint, so one does; the others look whether they see the same.
         checked = everywhere(accelerator, lambda: check(config, resume, allow_config_change) if main else None)
-        (found,) = gather(accelerator, checked and str(checked))[:1]
+        found = gather(accelerator, checked and str(checked))[0]
         start_from = None if found is None else Path(found)
         agree(accelerator, {"checkpoint (is run_dir on a disk that all share?)": start_from and checkpoint.identity(start_from)})
         set_seed(config.seed)
@@ -209,11 +209,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 bar.write(f"step {step + 1}: {kind}, loss {nats:.4f}, gradient norm {grad_norm:.4f}: no weight was changed")
 
         # 3. The steps.
-        (adopted,) = gather(accelerator, main and step > 0 and not (run_dir / "checkpoints" / f"step-{step}").exists())[:1]
+        adopted = gather(accelerator, main and step > 0 and not (run_dir / "checkpoints" / f"step-{step}").exists())[0]
         if adopted:  # a checkpoint from elsewhere: until it is here too, this run has none
             save()
             finish_saving()
-        (last,) = gather(accelerator, last_line(metrics, "val_loss") if main else None)[:1]
+        last = gather(accelerator, last_line(metrics, "val_loss") if main else None)[0]
         if last is None or (last["step"] < step and validation_due(config, step)):
             validate()
         left = batches(stream, rows, samples, config.train.global_batch, config.train.steps - step, config.data.workers)

@@ -48,12 +48,27 @@ def group_timeout(seconds: float) -> timedelta:
     return timedelta(seconds=seconds + 30.5)  # Accelerate drops its own default, 600
 
 
+def exchange(group: ProcessGroup | None, value: Any, device: torch.device | str = "cpu") -> list[Any]:
+    """The `value`, JSON, of every rank of a group (None: of this process alone), in their order.
+
+    Args:
+        device: from which the group's backend sends.
+    """
+    text = json.dumps(value).encode()
+    if group is None:
+        return [json.loads(text)]
+    own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    distributed.all_gather(lengths, torch.tensor([len(own)], device=device), group)
+    longest = int(max(lengths))
+    rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
+    distributed.all_gather(rows, nn.functional.pad(own, (0, longest - len(own))), group)
+    return [json.loads(row[:length].cpu().numpy().tobytes()) for row, length in zip(rows, lengths)]
+
+
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     """The `value`, JSON, of every rank, in their order."""
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(accelerator.device)
-    lengths = accelerator.gather(torch.tensor([len(text)], device=accelerator.device)).tolist()
-    rows = accelerator.gather(nn.functional.pad(text, (0, max(lengths) - len(text)))[None]).cpu().numpy()
-    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+    return exchange(distributed.group.WORLD, value, accelerator.device)
 
 
 def agree(accelerator: Accelerator, facts: dict[str, Any]) -> None:
@@ -77,17 +92,6 @@ def patient_group() -> ProcessGroup:
     """A group of all ranks for what may take one of them hours while the others wait: the usual timeout is for steps. All ranks
     must call it."""
     return distributed.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def exchange(group: ProcessGroup, value: Any) -> list[Any]:
-    """The `value`, JSON, of every rank of a gloo group, in their order."""
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    distributed.all_gather(lengths, torch.tensor([len(text)]), group)
-    longest = int(max(lengths))
-    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-    distributed.all_gather(rows, nn.functional.pad(text, (0, longest - len(text))), group)
-    return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths)]
 
 
 def together(group: ProcessGroup | None, work: Callable[[], T]) -> list[T]:
