@@ -157,9 +157,9 @@ def _checkpoint(folder: Path, step: int, now: float) -> dict[str, Any] | None:
     try:
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         age = now - folder.stat().st_mtime
+        faults = checkpoint.validate(folder)
     except FileNotFoundError:
         return None
-    faults = checkpoint.validate(folder)
     return {"step": step, "bytes": size, "age_seconds": age, "faults": faults} if folder.exists() else None
 
 

@@ -184,6 +184,20 @@ def test_a_checkpoint_that_goes_while_it_is_looked_at_is_left_out(run, monkeypat
     assert content["checkpoint"] is None and content["not_whole"] == []
 
 
+@pytest.mark.parametrize("before", ["_hash", "_state_faults"])
+def test_a_checkpoint_that_is_pruned_while_it_is_checked_is_left_out(run, monkeypatch, before):
+    check = getattr(status.checkpoint, before)
+
+    def pruned(one):
+        for folder in (run / "checkpoints").glob("step-*"):
+            folder.rename(folder.with_name(f".{folder.name}.deleted"))
+        return check(one)
+
+    monkeypatch.setattr(status.checkpoint, before, pruned)
+    content, _ = look(run)
+    assert content["checkpoint"] is None and content["not_whole"] == []
+
+
 GARBAGE = [
     "", "{", "null", "[1]", "7", '{"step"', '{"step": null}', '{"step": true}', '{"step": -1}', '{"step": "9"}', '{"step": 1e5}',
     '{"step": 9' + "9" * 400 + "}", "[" * 20_000, '{"rank": 0, "step": 9', "\x00\x1b[31m", "\udcff",
