@@ -85,7 +85,7 @@ def merge(diagnoses: list[dict[str, Any]]) -> dict[str, Any]:
     went wrong again, else 0, for nothing tells them apart.
     """
     by_loss = (rank for rank, d in enumerate(diagnoses) if isinstance(d["loss"], str))
-    by_gradient = (rank for rank, d in enumerate(diagnoses) if d.get("own"))
+    by_gradient = (rank for rank, d in enumerate(diagnoses) if d["own"])
     by_rerun = (rank for rank, d in enumerate(diagnoses) if d["repeatable"])
     rank = next(by_loss, next(by_gradient, next(by_rerun, 0)))
     return {"rank": rank, **{key: value for key, value in diagnoses[rank].items() if key != "own"}}

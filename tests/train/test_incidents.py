@@ -166,8 +166,10 @@ def test_looking_leaves_everything_as_it_was(step, fails):
 
 
 def test_of_several_ranks_the_one_whose_batch_it_was_is_told():
-    good, again, bad = ({"loss": loss, "repeatable": r} for loss, r in [(2.0, False), (2.0, True), ("nan", False)])
-    assert merge([good, again, bad]) == {"rank": 2, "loss": "nan", "repeatable": False}
+    found = [(2.0, False, False), (2.0, False, True), (2.0, True, True), ("nan", False, False)]
+    good, again, broke, bad = ({"loss": loss, "own": own, "repeatable": r} for loss, own, r in found)
+    assert merge([good, again, broke, bad]) == {"rank": 3, "loss": "nan", "repeatable": False}
+    assert merge([good, again, broke]) == {"rank": 2, "loss": 2.0, "repeatable": True}
     assert merge([good, again]) == {"rank": 1, "loss": 2.0, "repeatable": True}
     assert merge([good, good]) == {"rank": 0, "loss": 2.0, "repeatable": False}
 
