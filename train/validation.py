@@ -61,7 +61,7 @@ def validation_loss(
         with accelerator.autocast():
             result = score(model, ids, size, bytes=0, batch_size=batch_size)
         np.add.at(sums, source, counts * np.stack([result.nats, result.tokens], axis=-1))
-        bar.update(counts * len(numbers))
+        bar.update(len(numbers))  # the main process has no less than others
     bar.close()
     sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
     nats, tokens = sums.sum(0).tolist()

@@ -165,6 +165,15 @@ def test_an_empty_prompt_begins_a_new_text(make_config):
     assert [json.loads(line)["prompt"] for line in (Path(config.run_dir) / "samples.jsonl").read_text().splitlines()] == ["", ""]
 
 
+def test_a_sample_is_drawn_from_the_scores_that_are_agreed_on(make_config):
+    config = make_config(log__sample_tokens=5)
+    model = build_model(config)
+    tokenizer = build_tokenizer(config, model)
+    agreed = torch.full((1, 258), -math.inf)
+    agreed[0, tokenizer("z", add_special_tokens=False).input_ids] = 0
+    assert sample_text(model, tokenizer, config, agreed=lambda scores: agreed) == "zzzzz"
+
+
 def test_a_sample_ends_when_the_run_is_to_stop(make_config):
     config = make_config(log__sample_tokens=50)
     model = build_model(config)
