@@ -23,12 +23,14 @@ def test_the_main_process_has_the_terminal_for_itself_and_each_rank_a_file(tmp_p
     as_new()
     logs.to_terminal()
     say()
-    with logs.to_file(tmp_path / "logs" / "rank.log", rank):
+    path = tmp_path / "run" / "logs" / "rank.log"
+    with logs.to_file(path, rank):
         say()
     say()
+    assert not any(logging.getLogger(name).isEnabledFor(logging.INFO) for name in logs.OURS)
     warnings = "WARNING train.loop: passing over\nWARNING others: beware\n"
     assert capsys.readouterr().err == (3 if rank == 0 else 2) * warnings  # before it has its file, and after
-    lines = (tmp_path / "logs" / "rank.log").read_text().splitlines()
+    lines = path.read_text().splitlines()
     said = ["INFO train.loop: step 3", "WARNING train.loop: passing over", "WARNING others: beware"]
     assert [line.split(" ", 2)[2] for line in lines] == said
 
