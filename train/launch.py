@@ -14,7 +14,7 @@ from torch import distributed
 
 from train.config import RunConfig
 
-# Variable -> what is meant by it where it is not as here; lower case.
+# Variable -> its value, in lower case, where nobody asks for anything, and what any other value asks for.
 NEUTRAL = {
     "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM"),
@@ -24,9 +24,8 @@ NEUTRAL = {
 }
 SHARDED = "ACCELERATE_USE_FSDP"
 READ = (
-    *NEUTRAL,
-    *(SHARDED, "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"),
-)
+    *NEUTRAL, SHARDED, "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING",
+)  # fmt: skip
 
 
 def take(environment: MutableMapping[str, str]) -> dict[str, str]:

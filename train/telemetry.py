@@ -105,9 +105,10 @@ def rank_figures(accelerator: Accelerator, memory: int, waited: float) -> dict[s
     if accelerator.num_processes == 1:
         return {}
     own = torch.tensor([memory, waited, probe(accelerator.device)], dtype=torch.float64, device=accelerator.device)
-    every, waits, seconds = accelerator.gather(own[None]).cpu().T
+    memories, waits, seconds = accelerator.gather(own[None]).cpu().T
     return {
-        "ranks/memory_least": every.min().item(), "ranks/memory_most": every.max().item(), "ranks/data_wait": waits.max().item(),
+        "ranks/memory_least": memories.min().item(), "ranks/memory_most": memories.max().item(),
+        "ranks/data_wait": waits.max().item(),
         "ranks/spread": (seconds.max() / seconds.median()).item(), "ranks/slowest": int(seconds.argmax()),
     }  # fmt: skip
 

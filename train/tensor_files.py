@@ -237,7 +237,8 @@ def stored(paths: Iterable[Path]) -> dict[str, Stored]:
 
 
 def mismatch(what: str, want: Mapping[str, Tensor], got: Mapping[str, Stored], cast: bool = False) -> list[str]:
-    """Missing, unknown and misshapen tensors, a line for each kind. With `cast` any floating point number will do for another."""
+    """A line for the tensors that are missing, one for those that are unknown, and one for each of another shape or dtype. With
+    `cast` any floating point number will do for another."""
     faults = [f"{what} missing {sorted(want.keys() - got.keys())}"] if want.keys() - got.keys() else []
     if got.keys() - want.keys():
         faults.append(f"{what} unknown {sorted(got.keys() - want.keys())}")
