@@ -364,6 +364,9 @@ def test_a_folder_without_weights_or_with_an_index_that_leads_outside_is_refused
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(ValueError, match="names files outside its folder"):
         checkpoint.load_weights(folder, trained[0])
+    (folder / "adapter_config.json").touch()  # of a download too, of which only its name was looked at before
+    with pytest.raises(ValueError, match=r"adapter_config\.json, which could name other weights"):
+        checkpoint.load_weights(folder, trained[0])
 
 
 def test_weights_that_are_not_those_that_were_saved_are_found_after_the_load(tmp_path, trained):
@@ -487,6 +490,13 @@ def test_a_resume_does_not_need_the_model_link_and_mends_it(tmp_path, trained, c
     assert checkpoint.newest(tmp_path) == folder
     checkpoint.rewind(tmp_path, folder)
     assert link.resolve() == folder.resolve() / "model"
+
+
+def test_what_a_save_that_was_cut_off_has_left_does_not_come_into_the_next_of_that_step(tmp_path, trained):
+    left = tmp_path / "checkpoints" / ".step-1.unfinished" / "model"
+    left.mkdir(parents=True)
+    (left / "model-00001-of-00002.safetensors").touch()
+    assert checkpoint.validate(save(tmp_path, trained)) == []
 
 
 def test_going_back_sets_the_later_checkpoints_aside(tmp_path, trained):

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 import weakref
 from functools import cache
 
@@ -257,6 +258,8 @@ def test_a_disk_that_fails_on_any_rank_at_any_operation(tmp_path, run_ranks, mon
 
 
 def test_what_else_fails_on_one_rank_is_told_on_all(tmp_path, run_ranks, monkeypatch):
+    remove = files.remove
+
     def work(rank):
         group = join()
         model, optimizer = build(group, seed=1)
@@ -267,6 +270,9 @@ def test_what_else_fails_on_one_rank_is_told_on_all(tmp_path, run_ranks, monkeyp
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=r"rank 1: \[Errno 5\] broken for once"):
             if rank == 1:
                 patch.setattr(files, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken for once")))
+            patch.setattr(
+                files, "remove", lambda path: time.sleep(0.2) or remove(path) if rank == 0 else pytest.fail("by rank 1")
+            )
             save(tmp_path, 1, model, optimizer, group)
         distributed.barrier()
         assert not list((tmp_path / "checkpoints").iterdir())
