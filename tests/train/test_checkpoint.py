@@ -170,6 +170,11 @@ def test_tensors_of_every_kind_are_read_back_by_the_library(tmp_path, dtype):
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name], tensor)
+    data = (tmp_path / "t.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert size % 8 == 0  # each is aligned to its own width, for those who map the file
+    assert not any(header[name]["data_offsets"][0] % tensor.element_size() for name, tensor in tensors.items())
 
 
 def damage(file, how, rng):
