@@ -345,15 +345,24 @@ def test_weights_of_any_folder_fill_a_model_whatever_it_held(tmp_path, trained, 
 def test_weights_that_do_not_fit_are_all_named_and_nothing_is_changed_by_them(tmp_path, trained):
     folder = save(tmp_path, trained) / "model"
     tensors = load_file(folder / "model.safetensors")
-    first, second, third = [name for name in sorted(tensors) if "mixer" in name][:3]
+    first, second, third, fourth = [name for name in sorted(tensors) if "mixer" in name][:4]
     tensors["extra"] = tensors.pop(first)
     tensors[second], tensors[third] = torch.zeros(3), tensors[third].to(torch.int32)
+    tensors[fourth] = tensors[fourth].to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors")
     step(*trained)
     before = snapshot(trained)
     with pytest.raises(ValueError, match="do not fit this model") as error:
         checkpoint.load_weights(folder, trained[0])
-    for part in (f"missing ['{first}']", "unknown ['extra']", f"{second}: wanted", f"{third}: wanted", "int32"):
+    for part in (
+        f"missing ['{first}']",
+        "unknown ['extra']",
+        f"{second}: wanted",
+        f"{third}: wanted",
+        "int32",
+        f"{fourth}: wanted",
+        "F8_E4M3",
+    ):
         assert part in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(trained).items())
 
@@ -364,6 +373,10 @@ def test_a_folder_without_weights_or_with_an_index_that_leads_outside_is_refused
     folder = save(tmp_path, trained) / "model"
     (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"has no weights: neither model\.safetensors nor model\.safetensors\.index\.json"):
+        checkpoint.load_weights(folder, trained[0])
+    weight_map = dict.fromkeys(trained[0].state_dict(), "absent.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"absent\.safetensors cannot be read"):
         checkpoint.load_weights(folder, trained[0])
     weight_map = dict.fromkeys(trained[0].state_dict(), "../../../other.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
