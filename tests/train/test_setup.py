@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -83,3 +84,11 @@ def test_a_tokenizer_with_few_tokens_and_large_ids_does_not_fit(make_config, tmp
     config = make_config(data__tokenizer=str(tmp_path / "sparse"))
     with pytest.raises(ValueError, match="token ids up to 300 and the model only vocab_size=258; set vocab_size to at least 301"):
         build_tokenizer(config, build_model(config))
+
+
+@pytest.mark.parametrize(("precision", "compute"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_that_ranks_share_are_gathered_in_the_precision_of_the_run(make_config, monkeypatch, precision, compute):
+    given = []
+    monkeypatch.setattr("train.sharding.shard", lambda model, mesh, compute: given.append((mesh, compute)))
+    build_model(make_config(train__precision=precision), mesh="all")
+    assert given == [("all", compute)]

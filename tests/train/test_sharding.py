@@ -1,6 +1,7 @@
 """Ranks that share a model have its weights, losses and gradients as one process has them."""
 
 import math
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -108,6 +109,7 @@ def test_loss_and_every_gradient_are_bitwise_those_of_the_whole_model(run_ranks,
         return torch.cat(total)
 
     def work(rank):
+        warnings.filterwarnings("error", message="FSDP2-wrapped")  # of views, for each step: `shard` has them ignored
         one, shared = build(), build(2, compute)
         seen = {}
         for name, module in shared.named_modules():
