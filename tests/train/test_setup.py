@@ -3,6 +3,9 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from hybridlm.data.packing import BestFit
@@ -92,3 +95,19 @@ def test_weights_that_ranks_share_are_gathered_in_the_precision_of_the_run(make_
     monkeypatch.setattr("train.sharding.shard", lambda model, mesh, compute: given.append((mesh, compute)))
     build_model(make_config(train__precision=precision), mesh="all")
     assert given == [("all", compute)]
+
+
+def test_ranks_that_share_a_model_begin_with_the_weights_of_another(make_config, run_ranks, tmp_path):
+    build_model(make_config(seed=5)).save_pretrained(tmp_path / "begun")
+    config = make_config(model={"init_from": str(tmp_path / "begun")})
+    whole = build_model(config)
+
+    def work(rank):
+        distributed.init_process_group("gloo")
+        shared = build_model(config, mesh=init_device_mesh("cpu", (2,)))
+        for (name, a), b in zip(whole.state_dict().items(), shared.state_dict().values(), strict=True):
+            assert torch.equal(a, b.full_tensor() if isinstance(b, DTensor) else b), name
+        distributed.destroy_process_group()
+
+    ended = run_ranks(2, work)
+    assert [one.status for one in ended] == [0, 0], ended
