@@ -87,7 +87,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         set_seed(config.seed)
         shares = config.train.sharding == "fsdp2" and accelerator.num_processes > 1
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shares else None
-        model = build_model(config, start_from, accelerator.device, mesh)
+        sharing = patient_group() if mesh is not None else None  # of what goes on between ranks behind the training
+        model = build_model(config, start_from, accelerator.device, mesh, sharing)
         tokenizer = build_tokenizer(config, model, start_from)
         opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
         stream, validation = opened
@@ -95,7 +96,6 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
         optimizer = adamw(model, config.optim)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
-        sharing = patient_group() if mesh is not None else None  # of what goes on between ranks behind the training
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
         spikes, cursor = Spikes(config.train.spike_sigma, config.train.spike_window), {}
         if start_from is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -27,7 +28,6 @@ from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint, launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
-from train.ranks import patient_group
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,17 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def build_model(
-    config: RunConfig, start_from: Path | None = None, device: torch.device | str = "cpu", mesh: DeviceMesh | None = None
+    config: RunConfig,
+    start_from: Path | None = None,
+    device: torch.device | str = "cpu",
+    mesh: DeviceMesh | None = None,
+    group: ProcessGroup | None = None,
 ) -> HybridLMForCausalLM:
     """The model of the run, in fp32 and training mode, with its first weights or those of `model.init_from`; where a checkpoint,
     `start_from`, is going to fill them, with anything.
 
     Args:
-        mesh: the ranks that share it (train.sharding); None: it is whole.
+        mesh: the ranks that share it (train.sharding), and `group`, the same over gloo; None: it is whole.
     """
     folder = None
     if start_from is not None:
@@ -72,7 +76,7 @@ def build_model(
     with suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if start_from is None:
-        checkpoint.load_weights(folder, model, None if mesh is None else patient_group())
+        checkpoint.load_weights(folder, model, group)
     return model
 
 

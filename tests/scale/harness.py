@@ -28,11 +28,7 @@ def torchrun(ranks, *flags):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *(flags or ["--standalone"])]
 
 
-def losses(run_dir) -> dict[int, float]:
+def logged(run_dir, key="loss") -> dict[int, float]:
+    """By step."""
     lines = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def validations(run_dir) -> dict[int, float]:
-    lines = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    return {line["step"]: line[key] for line in lines if key in line}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.scale.conftest import SHAPE
-from tests.scale.harness import HERE, end, losses, start, torchrun, validations
+from tests.scale.harness import HERE, end, logged, start, torchrun
 
 pytestmark = pytest.mark.scale
 WAYS = [(1, "none"), (2, "none"), (4, "none"), (2, "fsdp2"), (4, "fsdp2")]
@@ -30,10 +30,10 @@ def test_any_number_of_ranks_has_the_losses_of_one_process(settings, one, tmp_pa
     out = end(start(settings, tmp_path / "run", "--train.sharding", sharding, launcher=torchrun(ranks)))
     assert f"{ranks} process(es) on 1 machine(s)" in out and out.count("machine  ") == 1  # rank 0 alone prints
     assert ("each rank has the whole model" in out) == (sharding == "none")
-    a, b = losses(one), losses(tmp_path / "run")
+    a, b = logged(one), logged(tmp_path / "run")
     assert a.keys() == b.keys() == set(range(1, 21))
     assert max(abs(a[step] - b[step]) for step in a) < 1e-5
-    a, b = validations(one), validations(tmp_path / "run")
+    a, b = logged(one, "val_loss"), logged(tmp_path / "run", "val_loss")
     assert a.keys() == b.keys() == {0, 10, 20} and max(abs(a[step] - b[step]) for step in a) < 1e-5
     logs = [(tmp_path / f"run/logs/rank-{rank}.log").read_text() for rank in range(ranks)]
     assert all(f"rank {rank} of {ranks}" in text and "step 20: loss" in text for rank, text in enumerate(logs))
@@ -50,7 +50,7 @@ def two(settings, tmp_path_factory):
 def test_a_checkpoint_of_two_ranks_that_share_the_model_goes_on_with_any_number(settings, one, two, tmp_path, ranks, sharding):
     flags = ["--resume", str(two / "checkpoints/step-10"), "--train.sharding", sharding]
     end(start(settings, tmp_path / "run", *flags, launcher=torchrun(ranks)))
-    a, b = losses(one), losses(tmp_path / "run")
+    a, b = logged(one), logged(tmp_path / "run")
     assert b.keys() == set(range(11, 21)) and max(abs(a[step] - b[step]) for step in b) < 1e-5
 
 
@@ -62,7 +62,7 @@ def test_two_agents_do_what_one_with_two_processes_does(settings, two, tmp_path)
     agents = [start(settings, tmp_path / "run", *flags, launcher=torchrun(1, *meeting)) for _ in range(2)]
     said = [end(agent) for agent in agents]
     assert sum("2 process(es)" in out for out in said) == 1
-    assert losses(tmp_path / "run") == losses(two)
+    assert logged(tmp_path / "run") == logged(two)
     for file in ("model/model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(folder / "checkpoints/step-20" / file) for folder in (tmp_path / "run", two))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -82,7 +82,7 @@ def test_a_rank_that_is_killed_is_named_and_the_launcher_starts_all_again(settin
     out = end(died)
     assert re.search(rf"rank {dies} \(.*\).* ended without a word \(killed\?\)", out)
     assert re.search(r"restart 1 of at most 1", out) and "going on from step 5" in out
-    assert losses(tmp_path / "run") == losses(whole) and validations(tmp_path / "run") == validations(whole)
+    assert logged(tmp_path / "run") == logged(whole) and logged(tmp_path / "run", "val_loss") == logged(whole, "val_loss")
     for file in ("model/model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(folder / "checkpoints/step-20" / file) for folder in (tmp_path / "run", whole))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -96,7 +96,7 @@ def test_accelerates_files_start_what_torchrun_does(settings, two, tmp_path, nam
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
     out = end(start(settings, tmp_path / "run", "--train.sharding", sharding, launcher=launcher))
     assert "accelerate launch, restart 0 of at most 0" in out and "2 process(es) on 1 machine(s)" in out
-    a, b = losses(two), losses(tmp_path / "run")
+    a, b = logged(two), logged(tmp_path / "run")
     assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
     if name == "fsdp2":
         assert a == b
@@ -119,12 +119,12 @@ def test_fp8_is_shared_and_goes_on_bit_for_bit(settings, tmp_path):
     out = end(start(settings, tmp_path / "one", *flags))
     assert "fp8         emulated, 8 of 17 linear layers" in out
     end(start(settings, tmp_path / "two", *shared, launcher=torchrun(2)))
-    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    a, b = logged(tmp_path / "one"), logged(tmp_path / "two")
     # Roundings of activations and gradients differ, since each rank scales those of its own sequences.
     assert max(abs(a[step] - b[step]) for step in a) < 0.02 and abs(a[1] - b[1]) < 1e-3
     resume = ["--resume", str(tmp_path / "two/checkpoints/step-10")]
     end(start(settings, tmp_path / "again", *shared, *resume, launcher=torchrun(2)))
-    assert losses(tmp_path / "again").items() <= losses(tmp_path / "two").items()
+    assert logged(tmp_path / "again").items() <= logged(tmp_path / "two").items()
     a, b = (load_file(tmp_path / run / "checkpoints/step-20/model/model.safetensors") for run in ("two", "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

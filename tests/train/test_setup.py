@@ -21,6 +21,13 @@ def test_the_model_takes_its_special_tokens_from_the_tokenizer(make_config):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, 256, 257)
 
 
+def test_the_generation_settings_of_the_weights_come_along(make_config, tmp_path):
+    model = build_model(make_config())
+    model.generation_config.repetition_penalty = 1.25
+    model.save_pretrained(tmp_path / "begun")
+    assert build_model(make_config(model__init_from=str(tmp_path / "begun"))).generation_config.repetition_penalty == 1.25
+
+
 def test_bytes_can_be_asked_for_where_the_weights_come_without_a_tokenizer(make_config, tmp_path):
     build_model(make_config()).save_pretrained(tmp_path / "bare")
     config = make_config(model__init_from=str(tmp_path / "bare"))
@@ -104,7 +111,7 @@ def test_ranks_that_share_a_model_begin_with_the_weights_of_another(make_config,
 
     def work(rank):
         distributed.init_process_group("gloo")
-        shared = build_model(config, mesh=init_device_mesh("cpu", (2,)))
+        shared = build_model(config, mesh=init_device_mesh("cpu", (2,)), group=distributed.group.WORLD)
         for (name, a), b in zip(whole.state_dict().items(), shared.state_dict().values(), strict=True):
             assert torch.equal(a, b.full_tensor() if isinstance(b, DTensor) else b), name
         distributed.destroy_process_group()
