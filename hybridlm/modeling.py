@@ -190,6 +190,8 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
+        if value.bias is not None:
+            raise ValueError("the language-model head has no bias; give a linear layer without one.")
         with torch.device("meta"):
             self.lm_head = Head(value.in_features, value.out_features, self.ops)
         self.lm_head.weight = value.weight

@@ -346,6 +346,8 @@ def test_other_embeddings_and_another_head_are_used(model_class, build, draw_ids
     head.weight.copy_(model.lm_head.weight * 2)
     model.set_output_embeddings(head)
     assert model.get_output_embeddings().weight is head.weight and torch.equal(model(ids).logits, after * 2)
+    with pytest.raises(ValueError, match="has no bias"):
+        model.set_output_embeddings(torch.nn.Linear(32, 61))
 
 
 def test_embeddings_and_head_are_never_tied(tiny_model):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -26,6 +28,25 @@ def test_the_generation_settings_of_the_weights_come_along(make_config, tmp_path
     model.generation_config.repetition_penalty = 1.25
     model.save_pretrained(tmp_path / "begun")
     assert build_model(make_config(model__init_from=str(tmp_path / "begun"))).generation_config.repetition_penalty == 1.25
+
+
+def test_of_a_name_on_the_hub_weights_and_settings_are_fetched_and_no_code(make_config, tmp_path, monkeypatch):
+    model = build_model(make_config(seed=5))
+    model.save_pretrained(tmp_path / "hub", max_shard_size="20kB")
+    (tmp_path / "hub/modeling_them.py").touch()
+
+    def fetch(name, allow_patterns):
+        assert name == "they/theirs"
+        files = [file for file in (tmp_path / "hub").iterdir() if any(fnmatch(file.name, p) for p in allow_patterns)]
+        (tmp_path / "here").mkdir()
+        for file in files:
+            shutil.copy(file, tmp_path / "here")
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr("train.setup.snapshot_download", fetch)
+    begun = build_model(make_config(model__init_from="they/theirs"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), begun.state_dict().values(), strict=True))
+    assert not (tmp_path / "here/modeling_them.py").exists()
 
 
 def test_bytes_can_be_asked_for_where_the_weights_come_without_a_tokenizer(make_config, tmp_path):

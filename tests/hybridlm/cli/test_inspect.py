@@ -9,7 +9,7 @@ import torch
 import train.config
 from hybridlm import HybridLMForCausalLM
 from hybridlm.__main__ import main
-from hybridlm.cli.inspect import RUN_DEFAULTS, figures, page, read_config, read_plan
+from hybridlm.cli.inspect import RUN_DEFAULTS, cache_rows, figures, gib, page, read_config, read_plan, sum_rows, training_rows
 from hybridlm.flops import forward_flops
 from hybridlm.memory import GIB, Plan, cache_bytes, peak_bytes
 from hybridlm.output import BYTES, COUNT, scaled, table
@@ -268,3 +268,27 @@ def test_the_page_says_what_is_kept_and_what_the_fullest_moment_is(capsys):
     fullest = max(content["moments"], key=lambda name: sum(content["moments"][name].values()))
     assert f"what is there all the time, and what comes at the {fullest}\n" in out
     assert "gathered" not in out  # what there is nothing of is left out
+
+
+@pytest.mark.parametrize(("vocabulary", "fullest"), [(100_000, "loss"), (64, "layers")])
+def test_the_peak_is_at_the_fullest_moment(vocabulary, fullest, tiny_config):
+    training = figures(tiny_config(vocab_size=vocabulary), PLAIN)["training"]
+    rows = {name: (size, text) for name, size, text in training_rows(training)}
+    assert rows["peak"][1].endswith(f"what comes at the {fullest}")
+    assert "autocast" in rows and "DDP" not in rows  # one GPU sends nothing: a row of zero is left out
+
+
+def test_small_memory_is_in_smaller_units():
+    assert (gib(GIB), gib(GIB / 10), gib(GIB / 10 - 2**20)) == ("1.0 GiB", "0.1 GiB", "101.4 MiB")
+
+
+def test_the_cache_stands_beside_the_twins(tiny_config):
+    content = figures(tiny_config(), PLAIN)
+    for shown, row in zip(cache_rows(content)[1:], content["cache"], strict=True):
+        assert shown[3] == f"{row['twin_bytes'] / row['bytes']:,.1f}x"
+
+
+def test_only_a_model_with_experts_has_idle_ones(tiny_config):
+    for pattern, words in (("M-*-", "all: there are no experts"), ("MEM*", "all but the experts that a token does not go to")):
+        (active,) = (row for row in sum_rows(figures(tiny_config(hybrid_override_pattern=pattern), PLAIN)) if row[0] == "active")
+        assert active[2].endswith(words)
