@@ -34,6 +34,11 @@ TINY = {
 WITH_EXPERTS = "MEM*-ME"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: with several processes none is left with it at the end while the others wait."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture
 def tiny():
     """The fields of the tiny configuration, changed by keyword."""
