@@ -1,9 +1,12 @@
-"""`python -m eval …`: exit 0 done, 2 usage or bad input (one line on stderr), 1 failure."""
+"""`python -m eval …`: exit 0 done, 2 usage or bad input (one line on stderr), 1 failure, 130 stopped by Ctrl-C."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from hybridlm.arguments import HelpFormatter, json_file, names, seed, size, sizes
 
 # What each command does is imported when it is called: torch takes seconds, and --help and a typo should not.
 
@@ -11,7 +14,10 @@ from pathlib import Path
 def perplexity(args: argparse.Namespace) -> None:
     from eval.perplexity import COLUMNS, evaluate
 
-    rows = evaluate(args.model, args.data, args.window, carry=args.carry, batch_size=args.batch, max_bytes=args.max_bytes)
+    rows = evaluate(
+        args.model, args.data, args.window, stride=args.stride, carry=args.carry, batch_size=args.batch,
+        max_bytes=args.max_bytes, seed=args.seed, json_path=args.json,
+    )  # fmt: skip
     output(rows[0] if len(rows) == 1 else rows, rows, COLUMNS, args.json)
 
 
@@ -51,24 +57,13 @@ def output(content: object, rows: list[dict], columns: dict[str, str], json_path
 
     if json_path is not None:
         write_json(content, json_path)
+        Path(f"{json_path}.partial.jsonl").unlink(missing_ok=True)  # nothing is left to go on with
     if json_path != "-":
         print(rows_table(rows, columns))
 
 
-def size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
-    return int(text)
-
-
-def sizes(text: str) -> list[int]:
-    return [size(part) for part in text.split(",")]
-
-
-def json_file(text: str) -> str:
-    if text != "-" and (not Path(text).absolute().parent.is_dir() or Path(text).is_dir()):
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, or - for stdout; got {text!r}")
-    return text
+def window(text: str) -> int | None:
+    return None if text == "document" else size(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,21 +72,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", nargs="+", required=True, metavar="DIR", help="model folder(s), or names on the hub")
-    model.add_argument("--json", type=json_file, metavar="PATH", help="write the figures there; - prints them, and no table")
+    model.add_argument(
+        "--json", type=json_file, metavar="PATH",
+        help="write the figures there; - prints them, and no table. A command with a PATH that was stopped goes on when repeated",
+    )  # fmt: skip
+    model.add_argument("--seed", type=seed, default=0, metavar="S", help="of whatever is drawn at random")
 
     def command(name: str, run: Callable, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        style = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(
-            name, help=text.split(":")[0], description=text, parents=parents, formatter_class=style, allow_abbrev=False
-        )
+        about: dict[str, Any] = {"help": text.split(":")[0], "description": text}
+        sub = commands.add_parser(name, **about, parents=parents, formatter_class=HelpFormatter, allow_abbrev=False)
         sub.set_defaults(run_command=run)
         return sub
 
     sub = command(
         "perplexity",
         perplexity,
-        "perplexity and bits per byte on text: each document is cut into windows of N predictions from N+1 tokens, N apart; "
-        "no special token is added. JSON: an object for one model, a list of such objects for several.",
+        "perplexity and bits per byte on text: each document is cut into windows of N predictions from N+1 tokens, N apart, or "
+        "less with --stride; no special token is added. The standard error is a bootstrap's over documents. JSON: an object for "
+        "one model, a list of such objects for several; in it the loss by length of context, too.",
         model,
     )
     sub.add_argument(
@@ -99,7 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="stdlib, a text file, a folder of them, JSONL, Parquet, … or a dataset on the hub (column `text`); "
         "its validation split where it has one, else its training split",
     )  # fmt: skip
-    sub.add_argument("--window", type=size, default=1024, metavar="N", help="predictions in one window")
+    sub.add_argument(
+        "--window", type=window, default=1024, metavar="N", help="predictions in one window; document: each document is one"
+    )
+    sub.add_argument("--stride", type=size, metavar="N", help="slide the window by N, less than its length: each keeps a context")
     sub.add_argument("--carry", action="store_true", help="start each window from the state in which the one before it ended")
     sub.add_argument("--batch", type=size, default=8, metavar="N", help="windows in one pass; --carry runs one at a time")
     sub.add_argument("--max-bytes", type=size, metavar="N", help="take whole documents, in order, until they have N bytes")
@@ -133,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--only",
-        type=lambda text: text.split(","),
+        type=names,
         metavar="ROW,…",
         help="these rows alone: train-fp32, train-bf16, prefill-4096, prefill-16384, decode-fp32, decode-bf16, request-65536",
     )
@@ -156,19 +157,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    import hybridlm  # noqa: F401  # before transformers: it filters out what torchao says when that imports it
+    from hybridlm.auto import register_hybridlm  # before transformers: it filters out what torchao says when that imports it
 
+    register_hybridlm()
     try:
         args.run_command(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, ArithmeticError) as error:
+    except (OSError, ArithmeticError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if (saved := Path(f"{getattr(args, 'json', None)}.partial.jsonl")).exists():
+            print(f"The results so far are in {saved}; the same command goes on from there.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 1
+        return 130
     return 0
 
 

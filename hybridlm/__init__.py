@@ -27,8 +27,9 @@ def __getattr__(name: str):
     return globals()[name]
 
 
-# `python -m hybridlm` comes here first: its --help should not wait for torch, and its `doctor` must run where torch does not.
-if sys.orig_argv[1:3] != ["-m", "hybridlm"]:
+# `python -m hybridlm` and `python -m eval` come here first: their --help should not wait for torch, and `doctor` must run where
+# torch does not. They register when they know that a model is wanted.
+if sys.orig_argv[1:3] not in (["-m", "hybridlm"], ["-m", "eval"]):
     from hybridlm.auto import register_hybridlm
 
     register_hybridlm()

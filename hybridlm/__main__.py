@@ -1,12 +1,12 @@
 """`python -m hybridlm …`: exit 0 done, 2 usage or bad input (`error: …` on stderr), 1 failure, 130 stopped by Ctrl-C."""
 
 import argparse
-import math
 import os
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
+
+from hybridlm.arguments import HelpFormatter, json_file, memory, positive, probability, seed, size
 
 # What each command does is imported when it is called: torch takes seconds, and --help and a typo should not.
 
@@ -58,54 +58,13 @@ def doctor(args: argparse.Namespace) -> int:
     return 0 if usable and (can_fuse or not args.fused) else 1
 
 
-def size(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
-    return int(text)
-
-
-def memory(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(G|GiB|GB)", text)
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"must be a number with G or GiB (2^30 bytes) or GB (10^9), such as 80G; got {text!r}")
-    return float(found[1]) * (10**9 if found[2] == "GB" else 2**30)
-
-
-def seed(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1; got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
-    return value
-
-
-def probability(text: str) -> float:
-    if (value := positive(text)) > 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
-    return value
-
-
-def json_file(text: str) -> str:
-    if text != "-" and (not Path(text).absolute().parent.is_dir() or Path(text).is_dir()):
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, or - for stdout; got {text!r}")
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hybridlm", description="Looks into a model, runs it, checks it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        style = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=text.split(":")[0], description=text, formatter_class=style, allow_abbrev=False)
+        about: dict[str, Any] = {"help": text.split(":")[0], "description": text}
+        sub = commands.add_parser(name, **about, formatter_class=HelpFormatter, allow_abbrev=False)
         sub.set_defaults(run_command=run)
         return sub
 

@@ -1,126 +1,68 @@
 """The loss of a model on documents: what validation in training and `eval perplexity` both report."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridlm.cache import HybridCache
 from hybridlm.ops.cross_entropy import IGNORE
 
+PIECE = 16_384  # positions in one pass: a longer window goes on from the state, so that memory does not grow with it
 
-@dataclass(frozen=True)
-class Score:
-    """Sums over windows.
+
+class Window(NamedTuple):
+    """A stretch of a document that is read by itself.
 
     Attributes:
-        nats, tokens: of each window (float64, int64).
-        bytes: of text that all predicted tokens stand for.
+        ids: its tokens, one more than its predictions.
+        document: the number of the document.
+        skip: predictions at its beginning that an earlier window made already.
     """
 
-    nats: np.ndarray
-    tokens: np.ndarray
-    bytes: int
-
-    @property
-    def nats_per_token(self) -> float:
-        return float(self.nats.sum() / self.tokens.sum())
-
-    @property
-    def bits_per_byte(self) -> float:
-        return float(self.nats.sum() / math.log(2) / self.bytes)
-
-    @property
-    def stderr(self) -> float | None:
-        """Standard error of `nats_per_token`, windows taken as independent draws; None for a single window."""
-        n = len(self.nats)
-        if n < 2:
-            return None
-        residual = self.nats - self.nats_per_token * self.tokens
-        return float(math.sqrt(n / (n - 1) * (residual**2).sum()) / self.tokens.sum())
+    ids: np.ndarray
+    document: int
+    skip: int
 
 
-def windows(documents: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Windows of size + 1 tokens, `size` apart, the last one shorter: each token but a document's first is predicted once."""
-    for ids in documents:
-        for start in range(0, len(ids) - 1, size):
-            yield ids[start : start + size + 1]
-
-
-@torch.no_grad()
-def score(
-    model: PreTrainedModel,
-    documents: Iterable[np.ndarray],
-    size: int,
-    *,
-    bytes: int,
-    batch_size: int = 8,
-    carry: bool = False,
-    advance: Callable[[int], object] = lambda tokens: None,
-) -> Score:
-    """Nats of every predicted token, over windows of `size` predictions. No special token is added.
+def windows(documents: Iterable[np.ndarray], size: int | None, stride: int | None = None) -> Iterator[Window]:
+    """Windows of up to `size` predictions, `stride` apart, in which each token but a document's first is predicted once.
 
     Args:
-        documents: token ids, one array a document.
-        bytes: UTF-8 bytes that the predicted tokens stand for.
-        batch_size: windows in one pass; the result does not depend on it beyond rounding.
-        carry: whether a window starts from the state in which the one before it in the document ended.
-        advance: told after each pass how many tokens it scored.
-
-    Raises:
-        ValueError: no document has two tokens.
+        documents: token ids, one array a document; those without a second token have no window.
+        size: None for whole documents.
+        stride: at most `size`, which it is by default; with less, every prediction but a document's first ones has at least
+            `size - stride` predictions before it in its window (a sliding window).
     """
-    training = model.training
-    model.eval()
-    if carry:
-        batches = _carried(model, documents, size)
-    else:
-        batches = (_pass(model, batch) for batch in _batches(windows(documents, size), batch_size))
-    nats, tokens = [], []
-    for batch_nats, batch_tokens in batches:
-        nats.append(batch_nats)
-        tokens.append(batch_tokens)
-        advance(int(batch_tokens.sum()))
-    model.train(training)
-    if not tokens:
-        raise ValueError("there is nothing to score: no document has two tokens.")
-    return Score(np.concatenate(nats), np.concatenate(tokens), bytes)
+    for document, ids in enumerate(documents):
+        last, made = len(ids) - 1, 0
+        length = size or max(last, 1)
+        for start in range(0, last, stride or length):
+            end = min(start + length, last)
+            yield Window(ids[start : end + 1], document, made - start)
+            made = end
+            if made == last:
+                break
 
 
-def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _pass(model: PreTrainedModel, batch: list[np.ndarray], cache=None) -> tuple[np.ndarray, np.ndarray]:
-    """Short windows are filled up on the right, where nothing before them can see it."""
-    length = max(map(len, batch)) - 1
+def batch_arrays(batch: list[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (b t), int64. Short windows are filled up on the right, where nothing before them can see it."""
+    length = max(len(window.ids) for window in batch) - 1
     ids = np.zeros((len(batch), length), dtype=np.int64)
     targets = np.full((len(batch), length), IGNORE, dtype=np.int64)
     for row, window in enumerate(batch):
-        ids[row, : len(window) - 1] = window[:-1]
-        targets[row, : len(window) - 1] = window[1:]
-    nll = model(
-        torch.from_numpy(ids).to(model.device),
-        targets=torch.from_numpy(targets).to(model.device),
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).loss
-    counts = np.array([len(window) - 1 for window in batch])
-    return nll.double().sum(-1).cpu().numpy(), counts
+        ids[row, : len(window.ids) - 1] = window.ids[:-1]
+        targets[row, : len(window.ids) - 1] = window.ids[1:]
+    return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
-def _carried(model: PreTrainedModel, documents: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for ids in documents:
+@torch.no_grad()
+def nll(model: PreTrainedModel, ids: Tensor, targets: Tensor, cache: HybridCache | None = None) -> Tensor:
+    """Nats (b t) of each target, 0 where it is `IGNORE`; a model of ours, in evaluation mode. `cache` is moved on."""
+    if cache is None and ids.shape[1] > PIECE:
         cache = HybridCache(model.config.num_hidden_layers)
-        for window in windows([ids], size):
-            yield _pass(model, [window], cache)
+    pieces = zip(ids.split(PIECE, dim=1), targets.split(PIECE, dim=1))
+    return torch.cat([model(i, targets=t, past_key_values=cache, use_cache=cache is not None).loss for i, t in pieces], dim=1)

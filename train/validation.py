@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.data.shards import Shards
-from hybridlm.scoring import score
+from hybridlm.scoring import Window, batch_arrays, nll
 from train.config import RunConfig
 
 BATCH_TOKENS = 8192  # of one pass
@@ -47,10 +47,12 @@ def validation_loss(
     passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)
 
     sums = np.zeros((len(sources), 2))  # nats and predicted tokens of each source
+    model.eval()
     bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
     for i in range(passes):
         if any_rank(accelerator, stopping()):
             bar.close()
+            model.train()
             return None
         numbers = mine[i * batch_size : (i + 1) * batch_size]
         counts = len(numbers) > 0
@@ -58,11 +60,13 @@ def validation_loss(
         source = np.searchsorted(upto, numbers, side="right")
         windows = [every[s][n - upto[s]] for s, n in zip(source, numbers, strict=True)]  # counted from the source's end
         ids = [sources[s].read(np.arange(*window)) for s, window in zip(source, windows, strict=True)]
+        inputs, targets = batch_arrays([Window(tokens, document=0, skip=0) for tokens in ids])
         with accelerator.autocast():
-            result = score(model, ids, size, bytes=0, batch_size=batch_size)
-        np.add.at(sums, source, counts * np.stack([result.nats, result.tokens], axis=-1))
+            nats = nll(model, inputs.to(accelerator.device), targets.to(accelerator.device)).double().sum(-1).cpu().numpy()
+        np.add.at(sums, source, counts * np.stack([nats, [len(tokens) - 1 for tokens in ids]], axis=-1))
         bar.update(len(numbers))  # the main process has no less than others
     bar.close()
+    model.train()
     sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
     nats, tokens = sums.sum(0).tolist()
     predicted = sum(len(shards) - 2 * len(shards.documents) for shards in sources)

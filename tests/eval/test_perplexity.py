@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 FIELDS = {
-    "model", "nats_per_token", "perplexity", "bits_per_byte", "stderr", "tokens", "bytes", "data", "window", "carry",
+    "model", "nats_per_token", "perplexity", "bits_per_byte", "stderr", "stderr_of", "tokens", "bytes", "documents", "by_context",
+    "by_document", "dtype", "data", "window", "stride", "carry", "text_sha256",
 }  # fmt: skip
 
 
@@ -47,9 +48,9 @@ def test_equals_stock_transformers_on_the_same_windows(evaluate, model_folder, t
     assert row["nats_per_token"] == pytest.approx(nats / tokens, abs=1e-4)
     assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert row["bits_per_byte"] == pytest.approx(nats / tokens / math.log(2), abs=1e-4)
-    mean, n = nats / tokens, len(found)
-    variance = n / (n - 1) * sum((nll - mean * count) ** 2 for nll, count in found) / tokens**2
-    assert row["stderr"] == pytest.approx(math.sqrt(variance), rel=1e-3)
+    documents = [(sum(n for n, _ in stock(folder, [text], window)), len(text.encode()) - 1) for text in texts]
+    assert row["by_document"]["nats"] == pytest.approx([n for n, _ in documents], abs=1e-3)
+    assert row["by_document"]["tokens"] == row["by_document"]["bytes"] == [t for _, t in documents]
 
 
 def test_batch_size_does_not_matter(evaluate, model_folder, text_folder):
@@ -123,8 +124,8 @@ def test_weights_that_give_no_number(command, tiny_model, text_folder, model_fol
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
     model.save_pretrained(folder)
     status, _, err = command("perplexity", "--model", folder, "--data", text_folder)
-    assert status == 2
-    assert "nan nats per token" in err
+    assert status == 1
+    assert "its weight lm_head.weight has numbers that are not finite" in err
 
 
 def test_nothing_to_predict(command, model_folder, tmp_path):

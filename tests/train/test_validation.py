@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.data.sources import Source, split_source
-from hybridlm.scoring import Score
+from hybridlm.scoring import batch_arrays
 from hybridlm.tokenizer import byte_tokenizer
 from train import validation
 from train.loop import train
@@ -51,13 +51,11 @@ def test_fewer_windows_are_spread_evenly_over_the_held_out_text(make_config, mon
     shards = open_data(config, build_tokenizer(config, model), 258, quiet=True)[1][0]
     scored = {}
 
-    def score(model, documents, size, **rest):
-        from hybridlm.scoring import score as real
+    def arrays(batch):
+        scored["chosen"] = [window.ids for window in batch]
+        return batch_arrays(batch)
 
-        scored["chosen"] = documents
-        return real(model, documents, size, **rest)
-
-    monkeypatch.setattr("train.validation.score", score)
+    monkeypatch.setattr("train.validation.batch_arrays", arrays)
     validation_loss(Accelerator(cpu=True), model, [shards], config)
     every = []
     start = 0
@@ -125,11 +123,11 @@ def test_a_validation_that_is_stopped_gives_nothing_and_scores_no_further(two_so
     config = replace(config, data=replace(config.data, seq_len=8192))  # one window a batch
     scored = []
 
-    def score(model, documents, size, **rest):
-        scored.append(len(documents))
-        return Score(np.ones(len(documents)), np.array([len(ids) - 1 for ids in documents]), 0)
+    def nll(model, ids, targets):
+        scored.append(len(ids))
+        return torch.ones(ids.shape)
 
-    monkeypatch.setattr("train.validation.score", score)
+    monkeypatch.setattr("train.validation.nll", nll)
     asked = iter(answers)
     assert validation_loss(Accelerator(cpu=True), build_model(config), sources, config, lambda: next(asked)) is None
     assert scored == [1] * (len(answers) - 1)

@@ -1,0 +1,149 @@
+"""Opening any causal language model, ours or another, and what can go wrong while it runs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hybridlm import HybridLMForCausalLM
+from hybridlm.checkpoint import check_folder, check_shards, load_tokenizer
+from hybridlm.ops.cross_entropy import IGNORE
+
+OURS = ("hybridlm", "nemotron_h")  # model types that this library opens; transformers opens the others
+LOGITS_AT_A_TIME = 1024  # positions of a stock model whose logits exist together
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def open_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, on the GPU where there is one, and its tokenizer.
+
+    Args:
+        name: a folder or a name on the hub: a hybrid opens as `HybridLMForCausalLM`, anything else as transformers' own class.
+
+    Raises:
+        ValueError: no model or tokenizer there, weights that are no safetensors, or code of their own that they need.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = HybridLMForCausalLM.from_pretrained(name, dtype=dtype) if is_ours(name) else open_stock(name, dtype)
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def is_ours(name: str) -> bool:
+    """
+    Raises:
+        ValueError: no model there.
+    """
+    check_folder(name)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)
+    except OSError as error:
+        raise ValueError(f"{name} is no checkpoint: {error}") from None
+    return config.get("model_type") in OURS
+
+
+def open_stock(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    path = Path(name).expanduser()
+    check_shards(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path if path.exists() else name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} cannot be opened by transformers: {error}") from None
+
+
+@torch.no_grad()
+def stock_nll(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Nats (b t) in fp32 of each target (0 where it is `IGNORE`), as transformers' model gives them.
+
+    The body runs once over all of `ids`. Then the model is called for a few positions at a time with the body's output in place
+    of the body, so that whatever it does with its logits (scaling, capping) is done, and all logits never exist at once.
+    """
+    body = model.get_decoder()
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    nats = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    for start in range(0, ids.shape[1], LOGITS_AT_A_TIME):
+        part = slice(start, start + LOGITS_AT_A_TIME)
+        with patch.object(body, "forward", lambda *a, part=part, **k: BaseModelOutputWithPast(last_hidden_state=hidden[:, part])):
+            logits = model(input_ids=ids[:, part], use_cache=False).logits.float()
+        nats[:, part] = cross_entropy(logits.mT, targets[:, part], ignore_index=IGNORE, reduction="none")
+    return nats
+
+
+def in_batches(run: Callable[[list[Item]], Result], items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], Result]]:
+    """`run` on `size` items at a time, the last ones fewer; where memory does not suffice, on half as many from there on.
+
+    Yields:
+        the items of a batch and what `run` gave for them.
+
+    Raises:
+        MemoryError: memory does not suffice for one item.
+    """
+    done = 0
+    while done < len(items):
+        batch = list(items[done : done + size])
+        try:
+            result = run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise MemoryError(f"there is not enough memory for a single one: {error}") from error
+            size = len(batch) // 2
+        else:
+            yield batch, result
+            done += len(batch)
+            continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tqdm.write(f"not enough memory for a batch of {len(batch)}: going on with {size} at a time")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the CPU's allocator refused."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def check_vocabulary(largest: int, model: PreTrainedModel, name: str) -> None:
+    """
+    Raises:
+        ValueError: the model has no token `largest`.
+    """
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {name} gives token id {largest}, but the model's vocabulary has {model.config.vocab_size} "
+            "(vocab_size). Put the tokenizer beside the model that it was trained with."
+        )
+
+
+@torch.no_grad()
+def broken_part(model: PreTrainedModel, ids: Tensor) -> str:
+    """Where the first number that is none (NaN, infinity) comes up when the model reads `ids` (b t), as a sentence."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            return f"its weight {name} has numbers that are not finite"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"the first output that is not finite is that of {found[0]}" if found else "its layers' outputs are finite"
