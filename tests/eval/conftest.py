@@ -4,7 +4,9 @@ import json
 from functools import partial
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.__main__ import main
 from hybridlm.tokenizer import byte_tokenizer
@@ -57,3 +59,16 @@ def fake_run(model_folder, text_folder, tmp_path):
 def command(run_main):
     """Runs `python -m eval …` in this process; gives its exit status, stdout and stderr."""
     return partial(run_main, main)
+
+
+@pytest.fixture
+def stock_folder(tmp_path):
+    """A tiny Llama of transformers' own, with the byte tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
