@@ -1,5 +1,6 @@
 """Opening any causal language model, ours or another, and what can go wrong while it runs."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.checkpoint import check_folder, check_shards, load_tokenizer
@@ -68,11 +68,12 @@ def stock_nll(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
     of the body, so that whatever it does with its logits (scaling, capping) is done, and all logits never exist at once.
     """
     body = model.get_decoder()
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    read = body(input_ids=ids, use_cache=False, return_dict=True)
     nats = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     for start in range(0, ids.shape[1], LOGITS_AT_A_TIME):
         part = slice(start, start + LOGITS_AT_A_TIME)
-        with patch.object(body, "forward", lambda *a, part=part, **k: BaseModelOutputWithPast(last_hidden_state=hidden[:, part])):
+        shown = type(read)(**read | {"last_hidden_state": read.last_hidden_state[:, part]})
+        with patch.object(body, "forward", lambda *a, shown=shown, **k: shown):
             logits = model(input_ids=ids[:, part], use_cache=False).logits.float()
         nats[:, part] = cross_entropy(logits.mT, targets[:, part], ignore_index=IGNORE, reduction="none")
     return nats
@@ -104,7 +105,7 @@ def in_batches(run: Callable[[list[Item]], Result], items: Sequence[Item], size:
             continue
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tqdm.write(f"not enough memory for a batch of {len(batch)}: going on with {size} at a time")
+        tqdm.write(f"not enough memory for a batch of {len(batch)}: going on with {size} at a time", file=sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -132,6 +132,9 @@ def measure(
     every = list(windows(ids, window, stride))
     if not every:
         raise ValueError("there is nothing to score: no document has two tokens.")
+    longest, most = max(len(w.ids) - 1 for w in every), getattr(model.config, "max_position_embeddings", math.inf)
+    if not ours and longest > most:
+        raise ValueError(f"{name} reads at most {most} tokens (max_position_embeddings), not {longest}; take --window {most}.")
     before = [0] * len(every)  # tokens of the document that came before the window and were carried into it
     if carry:
         for i in range(1, len(every)):
