@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from hybridlm.cache import HybridCache
 from hybridlm.ops.cross_entropy import IGNORE
 
-PIECE = 16_384  # positions in one pass: a longer window goes on from the state, so that memory does not grow with it
-
 
 class Window(NamedTuple):
     """A stretch of a document that is read by itself.
@@ -62,7 +60,4 @@ def batch_arrays(batch: list[Window]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def nll(model: PreTrainedModel, ids: Tensor, targets: Tensor, cache: HybridCache | None = None) -> Tensor:
     """Nats (b t) of each target, 0 where it is `IGNORE`; a model of ours, in evaluation mode. `cache` is moved on."""
-    if cache is None and ids.shape[1] > PIECE:
-        cache = HybridCache(model.config.num_hidden_layers)
-    pieces = zip(ids.split(PIECE, dim=1), targets.split(PIECE, dim=1))
-    return torch.cat([model(i, targets=t, past_key_values=cache, use_cache=cache is not None).loss for i, t in pieces], dim=1)
+    return model(ids, targets=targets, past_key_values=cache, use_cache=cache is not None).loss

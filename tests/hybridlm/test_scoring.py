@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM, scoring
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.cache import HybridCache
 from hybridlm.scoring import batch_arrays, nll, windows
 
@@ -62,15 +62,6 @@ def test_the_loss_is_that_of_each_window_by_itself(model):
         assert not row[len(want) :].any()
 
 
-@pytest.mark.parametrize("piece", [1, 7, 8, 36])
-def test_a_long_window_is_read_in_pieces(model, monkeypatch, piece):
-    """With the loss of one pass, rows of different lengths among them."""
-    ids, targets = batch_arrays(list(windows(DOCUMENTS, None)))
-    whole = nll(model, ids, targets)
-    monkeypatch.setattr(scoring, "PIECE", piece)
-    torch.testing.assert_close(nll(model, ids, targets), whole, atol=1e-5, rtol=1e-5)
-
-
 def test_a_carried_state_makes_windows_one_long_pass(model):
     whole = nll(model, *batch_arrays(list(windows(DOCUMENTS[:1], None))))
     cache = HybridCache(model.config.num_hidden_layers)
@@ -80,7 +71,7 @@ def test_a_carried_state_makes_windows_one_long_pass(model):
     assert (torch.cat(cut, dim=1) - whole).abs().max() > 1e-3
 
 
-def test_only_a_carried_state_or_a_long_window_makes_a_cache(model, monkeypatch):
+def test_no_state_is_kept_that_nobody_carries(model, monkeypatch):
     started = []
 
     class Counted(HybridCache):
@@ -92,6 +83,3 @@ def test_only_a_carried_state_or_a_long_window_makes_a_cache(model, monkeypatch)
         monkeypatch.setattr(f"hybridlm.{module}.HybridCache", Counted)
     nll(model, *batch_arrays(list(windows(DOCUMENTS, 8))))
     assert started == []
-    monkeypatch.setattr(scoring, "PIECE", 7)
-    nll(model, *batch_arrays(list(windows(DOCUMENTS, 8))))
-    assert len(started) == 1
