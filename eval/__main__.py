@@ -1,6 +1,7 @@
 """`python -m eval …`: exit 0 done, 2 usage or bad input (one line on stderr), 1 failure, 130 stopped by Ctrl-C."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,24 @@ def throughput(args: argparse.Namespace) -> None:
 
     rows = evaluate(args.model, args.prompt, args.new, args.batch, repeats=args.repeats, twin=not args.no_twin)
     output(rows, beside_twin(rows), COLUMNS, args.json)
+
+
+def longcontext(args: argparse.Namespace) -> None:
+    from eval.longcontext import COLUMNS, draw, evaluate
+
+    rows = evaluate(
+        args.model, args.tasks, args.lengths, args.depths, args.questions, batch_size=args.batch, seed=args.seed,
+        json_path=args.json,
+    )  # fmt: skip
+    if args.plot is not None:
+        draw(rows, args.plot)
+    output(rows, rows, COLUMNS, args.json)
+
+
+def recall_texts(args: argparse.Namespace) -> None:
+    from eval.longcontext import write_documents
+
+    write_documents(args.out, args.tasks, args.length, args.documents, args.tokenizer, args.seed)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -60,6 +79,22 @@ def output(content: object, rows: list[dict], columns: dict[str, str], json_path
         Path(f"{json_path}.partial.jsonl").unlink(missing_ok=True)  # nothing is left to go on with
     if json_path != "-":
         print(rows_table(rows, columns))
+
+
+def depths(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= depth <= 1 for depth in found):
+        raise argparse.ArgumentTypeError(f"must be numbers from 0 to 1; got {text!r}")
+    return found
+
+
+def png_file(text: str) -> str:
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png; got {text!r}")
+    return json_file(text)
 
 
 def window(text: str) -> int | None:
@@ -118,6 +153,37 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=sizes, default="1", metavar="N,…", help="sequences at a time")
     sub.add_argument("--repeats", type=size, default=3, metavar="N", help="timed requests, after one untimed")
     sub.add_argument("--no-twin", action="store_true", help="leave the Transformer out")
+
+    sub = command(
+        "longcontext",
+        longcontext,
+        "recall over length and depth: questions about texts that are made on the spot, the same for every model, answered "
+        "greedily. Right is the answer itself and nothing that goes on; of variables, the share of the names that is found. "
+        "Tasks: passkey, needle, variables, phonebook, mqar, copying.",
+        model,
+    )
+    sub.add_argument("--tasks", type=names, default="passkey,phonebook", metavar="TASK,…", help="what is asked")
+    sub.add_argument("--lengths", type=sizes, default="256,1024", metavar="N,…", help="tokens of a question with its answer")
+    sub.add_argument(
+        "--depths", type=depths, default="0,0.5,1", metavar="X,…",
+        help="where the asked fact stands, from 0, the beginning, to 1; variables and copying have it everywhere",
+    )  # fmt: skip
+    sub.add_argument("--questions", type=size, default=20, metavar="N", help="for each length and depth")
+    sub.add_argument("--batch", type=size, default=8, metavar="N", help="questions in one pass, all of one length")
+    sub.add_argument("--plot", type=png_file, metavar="PATH", help="heat maps there, and the table beside them as .md")
+
+    sub = command(
+        "recall-texts",
+        recall_texts,
+        "texts of the tasks of longcontext, with their answers, for `python -m train` to train on: JSONL, a text a line. They "
+        "are other ones than are asked there.",
+    )
+    sub.add_argument("--tasks", type=names, required=True, metavar="TASK,…", help="of longcontext, taken in turn")
+    sub.add_argument("--out", type=json_file, required=True, metavar="PATH", help="the .jsonl file")
+    sub.add_argument("--length", type=size, default=256, metavar="N", help="tokens that a text has at most")
+    sub.add_argument("--documents", type=size, default=10000, metavar="N", help="texts")
+    sub.add_argument("--tokenizer", default="bytes", metavar="DIR", help="bytes, or a folder or hub name")
+    sub.add_argument("--seed", type=seed, default=0, metavar="S", help="of whatever is drawn at random")
 
     sub = command(
         "report", report, "a page on a training run: curves, baselines, speed, samples; it writes RUN/report/index.html."
