@@ -47,6 +47,13 @@ def recall_texts(args: argparse.Namespace) -> None:
     write_documents(args.out, args.tasks, args.length, args.documents, args.tokenizer, args.seed)
 
 
+def roofline(args: argparse.Namespace) -> None:
+    from eval.roofline import PAPER_COLUMNS, beside_the_paper
+
+    rows = beside_the_paper()
+    output(rows, rows, PAPER_COLUMNS, args.json)
+
+
 def report(args: argparse.Namespace) -> None:
     from eval.report import report
 
@@ -184,6 +191,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--documents", type=size, default=10000, metavar="N", help="texts")
     sub.add_argument("--tokenizer", default="bytes", metavar="DIR", help="bytes, or a folder or hub name")
     sub.add_argument("--seed", type=seed, default=0, metavar="S", help="of whatever is drawn at random")
+
+    sub = command(
+        "roofline",
+        roofline,
+        "the paper's throughput by arithmetic: what H100s could do with Nemotron-H and with the Transformers that it is compared "
+        "with, by their data sheets, beside what was published. Nothing is run.",
+    )
+    sub.add_argument("--json", type=json_file, metavar="PATH", help="write the figures there; - prints them, and no table")
 
     sub = command(
         "report", report, "a page on a training run: curves, baselines, speed, samples; it writes RUN/report/index.html."

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("perplexity", "throughput", "longcontext", "recall-texts", "report", "bench", "gpu-check")
+COMMANDS = ("perplexity", "throughput", "longcontext", "recall-texts", "roofline", "report", "bench", "gpu-check")
 
 
 def test_help(command):
