@@ -22,6 +22,16 @@ def perplexity(args: argparse.Namespace) -> None:
     output(rows[0] if len(rows) == 1 else rows, rows, COLUMNS, args.json)
 
 
+def accuracy(args: argparse.Namespace) -> None:
+    from eval.accuracy import COLUMNS, evaluate, table_rows
+
+    objects = evaluate(
+        args.model, args.tasks, limit=args.limit, shots=args.shots, batch_size=args.batch, seed=args.seed,
+        run_code=args.run_code, json_path=args.json,
+    )  # fmt: skip
+    output(objects[0] if len(objects) == 1 else objects, table_rows(objects), COLUMNS, args.json)
+
+
 def throughput(args: argparse.Namespace) -> None:
     from eval.throughput import COLUMNS, beside_twin, evaluate
 
@@ -104,6 +114,10 @@ def png_file(text: str) -> str:
     return json_file(text)
 
 
+def count(text: str) -> int:
+    return 0 if text == "0" else size(text)
+
+
 def window(text: str) -> int | None:
     return None if text == "document" else size(text)
 
@@ -146,6 +160,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--carry", action="store_true", help="start each window from the state in which the one before it ended")
     sub.add_argument("--batch", type=size, default=8, metavar="N", help="windows in one pass; --carry runs one at a time")
     sub.add_argument("--max-bytes", type=size, metavar="N", help="take whole documents, in order, until they have N bytes")
+
+    sub = command(
+        "accuracy",
+        accuracy,
+        "share of questions answered right: on any task of lm-evaluation-harness (pip install '.[eval]'), with the scores of its "
+        "own command. A model of this library reads the context of several answers once. JSON: an object for one model, a list "
+        "of such objects for several; in it the outcome of each question, too.",
+        model,
+    )
+    sub.add_argument(
+        "--tasks", type=names, required=True, metavar="NAME,…",
+        help="presets (base, smoke), tasks or groups of lm_eval, YAML files; smoke needs no network",
+    )  # fmt: skip
+    sub.add_argument("--limit", type=size, metavar="N", help="the first N questions of each task")
+    sub.add_argument(
+        "--shots", type=count, metavar="N", help="solved examples before each question; else the preset's or the task's"
+    )
+    sub.add_argument("--batch", type=size, default=8, metavar="N", help="questions in one pass")
+    sub.add_argument("--run-code", action="store_true", help="let tasks such as humaneval execute what the model writes")
 
     sub = command(
         "throughput",

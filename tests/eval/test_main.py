@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("perplexity", "throughput", "longcontext", "recall-texts", "roofline", "report", "bench", "gpu-check")
+COMMANDS = ("perplexity", "throughput", "longcontext", "recall-texts", "roofline", "report", "bench", "gpu-check", "accuracy")
 
 
 def test_help(command):
