@@ -9,6 +9,8 @@ from typing import Any
 
 from hybridlm.arguments import HelpFormatter, json_file, names, seed, size, sizes
 
+RESULTS = "perplexity, accuracy, longcontext, throughput"
+
 # What each command does is imported when it is called: torch takes seconds, and --help and a typo should not.
 
 
@@ -67,7 +69,21 @@ def roofline(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from eval.report import report
 
-    print(report(Path(args.run), args.prompt))
+    print(report([Path(run) for run in args.run], args.model, args.results, args.prompt, args.out))
+
+
+def compare(args: argparse.Namespace) -> None:
+    from eval.compare import COLUMNS, compare, measure, notes, table_rows
+    from eval.results import read_results
+
+    if args.results:
+        results = read_results(args.results)
+    else:
+        results = measure(args.a, args.b, args.data, args.window, args.max_bytes, args.prompt, args.new, args.json)
+    content = compare(args.a, args.b, results, args.seed)
+    output(content, table_rows(content["rows"]), COLUMNS, args.json)
+    if args.json != "-":
+        print("\n" + notes(content))
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -234,10 +250,36 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=json_file, metavar="PATH", help="write the figures there; - prints them, and no table")
 
     sub = command(
-        "report", report, "a page on a training run: curves, baselines, speed, samples; it writes RUN/report/index.html."
+        "report",
+        report,
+        "a page on runs, models and results: what was learned, accuracy and speed side by side, samples, settings. One file that "
+        "opens without a network; its tables and pictures lie beside it.",
     )
-    sub.add_argument("--run", required=True, metavar="RUN", help="run directory of `python -m train`")
+    sub.add_argument("--run", nargs="+", default=[], metavar="RUN", help="run directories of `python -m train`")
+    sub.add_argument("--model", nargs="+", default=[], metavar="DIR", help="model folders beside those of the runs")
+    sub.add_argument("--results", nargs="+", default=[], metavar="FILE", help=f"what other commands wrote with --json: {RESULTS}")
+    sub.add_argument("--out", metavar="DIR", help="where to; by default RUN/report of a single run, else runs/report")
+    sub.add_argument(
+        "--prompt", type=sizes, default="256,1024,4096", metavar="N,…",
+        help="prompt lengths to time, in tokens, of models whose speed is not among the results",
+    )  # fmt: skip
+
+    sub = command(
+        "compare",
+        compare,
+        "which of two models is better on what: paired tests with intervals, corrected together, of results written with --json; "
+        "without --results, perplexity and speed are measured here, the two in turns.",
+    )
+    sub.add_argument("a", metavar="A", help="model folder, or the name that the results have")
+    sub.add_argument("b", metavar="B", help="the other")
+    sub.add_argument("--results", nargs="+", default=[], metavar="FILE", help=f"files of: {RESULTS}")
+    sub.add_argument("--data", default="stdlib", metavar="SOURCE", help="text to score, as of perplexity, without --results")
+    sub.add_argument("--window", type=window, default=1024, metavar="N", help="predictions in one window, as of perplexity")
+    sub.add_argument("--max-bytes", type=size, default=2**20, metavar="N", help="of text to score: whole documents")
     sub.add_argument("--prompt", type=sizes, default="256,1024,4096", metavar="N,…", help="prompt lengths to time, in tokens")
+    sub.add_argument("--new", type=size, default=32, metavar="N", help="tokens to generate after each")
+    sub.add_argument("--seed", type=seed, default=0, metavar="S", help="of the draws of bootstrap and tests")
+    sub.add_argument("--json", type=json_file, metavar="PATH", help="write the figures there; - prints them, and no table")
 
     sub = command(
         "bench",
