@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybridlm.arguments import HelpFormatter, json_file, names, seed, size, sizes
+from hybridlm.arguments import HelpFormatter, json_file, memory, names, seed, size, sizes
 
 RESULTS = "perplexity, accuracy, longcontext, throughput"
 
@@ -35,10 +35,23 @@ def accuracy(args: argparse.Namespace) -> None:
 
 
 def throughput(args: argparse.Namespace) -> None:
-    from eval.throughput import COLUMNS, beside_twin, evaluate
+    from eval.roofline import Assumptions
+    from eval.throughput import COLUMNS, OutOfMemory, beside_twin, estimates_table, evaluate
 
-    rows = evaluate(args.model, args.prompt, args.new, args.batch, repeats=args.repeats, twin=not args.no_twin)
-    output(rows, beside_twin(rows), COLUMNS, args.json)
+    assumed = None if args.gpu is None else Assumptions(gpu=args.gpu, gpus=args.gpus)
+    fault = None
+    try:
+        rows = evaluate(
+            args.model, args.prompt, args.new, args.batch, repeats=args.repeats, twin=not args.no_twin, memory=args.memory,
+            assumed=assumed, json_path=args.json,
+        )  # fmt: skip
+    except OutOfMemory as error:
+        rows, fault = error.rows, error
+    output(rows, beside_twin(rows), COLUMNS, args.json, finished=fault is None)
+    if assumed is not None and args.json != "-":
+        print(f"\n{estimates_table(rows, assumed)}")
+    if fault is not None:
+        raise fault
 
 
 def longcontext(args: argparse.Namespace) -> None:
@@ -103,13 +116,14 @@ def gpu_check(args: argparse.Namespace) -> None:
         print("\n" + (fp8.get("refused") or f"fp8: {fp8['layers']}\n{rows_table(fp8['rows'], FP8_COLUMNS)}"))
 
 
-def output(content: object, rows: list[dict], columns: dict[str, str], json_path: str | None) -> None:
+def output(content: object, rows: list[dict], columns: dict[str, str], json_path: str | None, *, finished: bool = True) -> None:
     from eval.output import rows_table
     from hybridlm.output import write_json
 
     if json_path is not None:
         write_json(content, json_path)
-        Path(f"{json_path}.partial.jsonl").unlink(missing_ok=True)  # nothing is left to go on with
+        if finished:
+            Path(f"{json_path}.partial.jsonl").unlink(missing_ok=True)  # nothing is left to go on with
     if json_path != "-":
         print(rows_table(rows, columns))
 
@@ -136,6 +150,10 @@ def count(text: str) -> int:
 
 def window(text: str) -> int | None:
     return None if text == "document" else size(text)
+
+
+def batches(text: str) -> list:
+    return [text] if text == "fit" else sizes(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -199,16 +217,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "throughput",
         throughput,
-        "speed and memory of generation: greedy, with random tokens as the prompt, beside a Transformer of the same width, depth "
-        "and size with random weights, in turns; medians. fp32 on a CPU, bf16 on a GPU. Each model and shape has a "
-        "process of its own; its peak memory is over what that process had before the model.",
+        "speed and memory of generation: greedy, with random tokens as the prompt; a hybrid beside a Transformer of the same "
+        "width, depth and size with random weights. All models take turns; medians. fp32 on a CPU, bf16 on a GPU. Each model and "
+        "shape has a process of its own; its peak memory is over what that process had before the model.",
         model,
     )
     sub.add_argument("--prompt", type=sizes, default="1024", metavar="N,…", help="prompt lengths, in tokens")
     sub.add_argument("--new", type=sizes, default="128", metavar="N,…", help="tokens to generate")
-    sub.add_argument("--batch", type=sizes, default="1", metavar="N,…", help="sequences at a time")
+    sub.add_argument(
+        "--batch", type=batches, default="1", metavar="N,…|fit", help="sequences at a time; fit: as many as --memory has room for"
+    )
+    sub.add_argument("--memory", type=memory, metavar="16G", help="bytes of each model with its caches, for --batch fit")
     sub.add_argument("--repeats", type=size, default=3, metavar="N", help="timed requests, after one untimed")
     sub.add_argument("--no-twin", action="store_true", help="leave the Transformer out")
+    sub.add_argument("--gpu", metavar="H100", help="add what this GPU could do, by its data sheet (see roofline)")
+    sub.add_argument("--gpus", type=size, default=1, metavar="N", help="GPUs of that estimate")
 
     sub = command(
         "longcontext",

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+from eval import generation
+from eval.generation import FIT, fit, generate, mark, memory_errors, prepare, request, seconds_between
+from hybridlm.twin import transformer_twin
+
+SMALL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_model_stays(monkeypatch):
+    monkeypatch.setattr(generation, "_model", None)
+
+
+def linear(fixed, each, cache=1, limit=10**9):
+    """Bytes of a batch, and what was asked; past `limit` sequences there is no memory."""
+    asked = []
+
+    def run(batch):
+        asked.append(batch)
+        if batch > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return (fixed + each * batch if isinstance(each, int) else fixed + each(batch)), cache
+
+    return run, asked
+
+
+@pytest.mark.parametrize("memory", [1100, 1199])
+def test_the_batch_that_fits_is_computed_and_tried(memory):
+    run, asked = linear(100, 100)
+    assert fit(memory, run) == (10, 10, [])
+    assert asked == [1, 2, 10]
+
+
+def test_a_sequence_takes_its_cache_at_least():
+    run, _ = linear(100, 0, cache=50)  # what is held does not show it
+    assert fit(1100, run) == (21, 21, [])
+
+
+def test_what_takes_too_much_is_made_less():
+    run, asked = linear(0, lambda batch: 10 * batch + batch**2)  # grows faster than from one to two
+    best, most, notes = fit(1100, run)
+    assert 10 * best + best**2 <= 1100 < 10 * 1.3 * best + (1.3 * best) ** 2
+    assert most == max(asked) > best
+    assert len(notes) >= 1 and notes[0].startswith(f"a batch of {most} takes 0.00 GiB; going on with ")
+
+
+def test_more_is_tried_where_a_sequence_takes_less_than_the_second():
+    run, _ = linear(100, lambda batch: 100 + 10 * batch if batch > 1 else 20)
+    best, _, notes = fit(1200, run)
+    assert 90 <= best <= 100 and not notes
+
+
+def test_halved_when_memory_runs_out():
+    run, asked = linear(100, 100, limit=6)
+    assert fit(1100, run) == (5, 10, ["a batch of 10 ran out of memory; going on with 5"])
+    assert asked == [1, 2, 10, 5]
+    assert fit(1100, linear(100, 100, limit=1)[0])[0] == 1
+
+
+def test_not_even_one_fits():
+    with pytest.raises(MemoryError, match=r"one sequence takes 0.00 GiB, more than the 0.00 GiB of --memory"):
+        fit(150, linear(100, 100)[0])
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        fit(1100, linear(0, 0, limit=0)[0])
+
+
+def test_another_error_is_no_lack_of_memory():
+    def run(batch):
+        if batch > 1:
+            raise RuntimeError("shapes")
+        return 1, 1
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit(100, run)
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors():
+        raise RuntimeError("shapes")
+    with pytest.raises(MemoryError, match=r"^CUDA out$"), memory_errors():
+        raise torch.OutOfMemoryError("CUDA out\nof memory")
+
+
+def test_a_batch_that_fits_of_a_model(tiny_model, tmp_path, monkeypatch):
+    """The requests by which it is found end where the real one does."""
+    asked = []
+
+    def watched(prompt, new, batch, before):
+        asked.append((prompt, new, batch))
+        return 100 + 100 * batch, 50
+
+    monkeypatch.setattr(generation, "run_watched", watched)
+    tiny_model().save_pretrained(tmp_path)
+    found = prepare(str(tmp_path), None, 9, 3, FIT, 1100)
+    assert (found["batch"], found["asked_batch"], found["notes"], found["peak_memory_bytes"]) == (10, 10, [], 1100)
+    assert found["weight_bytes"] == sum(p.nbytes for p in tiny_model().parameters())
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
+    assert asked == [(10, 2, 1), (10, 2, 2), (10, 2, 10), (9, 3, 10)]
+    prepare(str(tmp_path), None, 9, 1, FIT, 1100)
+    assert asked[4:6] == [(9, 1, 1), (9, 1, 2)]
+
+
+def test_the_twin_is_built(tiny_config):
+    twin = transformer_twin(tiny_config())
+    prepare("", twin, 3, 2, 1, None)
+    assert generation._model.config.hybrid_override_pattern == twin.hybrid_override_pattern
+    assert request(1, 5, 4, 2)["cache_bytes"] == 2 * 4 * twin.hybrid_override_pattern.count("*") * 2 * 2 * 8 * (5 + 3)
+
+
+def test_a_request_writes_the_tokens_of_greedy_generation(tiny_model, monkeypatch):
+    model, read = tiny_model(), []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    found = generate(model, 3, 7, 6, 2)
+    hook.remove()
+    expected = model.generate(read[0], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert read[0].shape == (2, 7)
+    assert torch.cat(read, dim=1).equal(expected[:, :-1])
+    assert len(found["steps"]) == 5
+    assert sum(found["steps"]) <= found["total"] - found["first"]
+    read.clear()
+    generate(model, 4, 7, 1, 2)
+    assert not read
+
+
+def test_stock_models_keep_their_own_cache(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**SMALL, **shape, num_hidden_layers=2)).save_pretrained(tmp_path)
+    prepare(str(tmp_path), None, 9, 3, 2, None)
+    assert type(generation._model).__module__.startswith("transformers.")
+    assert request(1, 9, 3, 2)["cache_bytes"] == 4 * 2 * 2 * 2 * 8 * (9 + 2)
+    shape = {"hidden_size": 16, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+    mamba = Mamba2ForCausalLM(Mamba2Config(**SMALL, **shape, num_hidden_layers=1)).eval()
+    assert generate(mamba, 1, 9, 3, 2)["cache_bytes"] >= 4 * 2 * (4 * 8 * 4)
+
+
+def test_positions_that_end(tmp_path):
+    GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=8, n_layer=1, n_head=1, n_positions=16)).save_pretrained(tmp_path)
+    prepare(str(tmp_path), None, 14, 3, 1, None)
+    with pytest.raises(ValueError, match="cannot read 15 tokens and write 3: its positions end before"):
+        prepare(str(tmp_path), None, 15, 3, 1, None)
+
+
+def test_without_a_cache_nothing_is_timed(tiny_model):
+    model = tiny_model()
+    forward = model.forward
+
+    def forgetful(**inputs):
+        return forward(**inputs | {"use_cache": False})
+
+    model.forward = forgetful
+    with pytest.raises(ValueError, match="HybridLMForCausalLM keeps no cache between tokens"):
+        generate(model, 0, 4, 2, 1)
+
+
+def test_moments_of_the_cpu_are_seconds():
+    start = mark(torch.device("cpu"))
+    assert 0 <= seconds_between(start, mark(torch.device("cpu"))) < 60
