@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install '.[eval]'")
 from lm_eval.models.huggingface import HFLM
@@ -12,7 +11,6 @@ from eval.accuracy import load, prepare
 from eval.harness import Harness
 from eval.journal import Journal
 from eval.models import open_model
-from hybridlm.tokenizer import byte_tokenizer
 
 
 def request(*args):
@@ -46,16 +44,6 @@ def no_warnings(monkeypatch):
 
 
 @pytest.fixture
-def llama_folder(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=258, **sizes, num_key_value_heads=2, initializer_range=0.3)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    byte_tokenizer().save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
-
-
-@pytest.fixture
 def harness(model_folder):
     """Around our tiny model; `weights` is called with it first."""
 
@@ -85,9 +73,9 @@ def smoke():
 
 @pytest.mark.parametrize("length", [None, 150])
 @pytest.mark.parametrize("kind", ["ours", "llama"])
-def test_same_scores_as_lm_evals_own_model(kind, length, model_folder, llama_folder, smoke):
+def test_same_scores_as_lm_evals_own_model(kind, length, model_folder, stock_folder, smoke):
     """`length` cuts contexts off at the left, and texts into windows."""
-    folder = str(model_folder() if kind == "ours" else llama_folder)
+    folder = str(model_folder() if kind == "ours" else stock_folder)
     model, tokenizer = open_model(folder)
     ours = Harness(model, tokenizer, kind, 3)
     ours._max_length = length
