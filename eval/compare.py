@@ -224,7 +224,7 @@ OTHERS = "none: they were not asked the same questions"
 EXACT = "exact: computed from shapes"
 SECONDS = {"time_to_first_token_s": "seconds to the first token", "request_seconds": "seconds of a request"}
 BYTES = {"peak_memory_bytes": "peak memory, MB", "cache_bytes": "cache, MB"}
-TURNS = "_turns"
+TURNS = "_each"
 ROWS = {
     "perplexity": perplexity_rows, "accuracy": accuracy_rows, "longcontext": longcontext_rows, "throughput": throughput_rows,
 }  # fmt: skip

@@ -34,7 +34,7 @@ def task(name, outcomes, metric="acc"):
 def timed(model, seconds, prompt=16):
     median = float(np.median(seconds))
     return {
-        "model": model, "prompt": prompt, "new": 4, "batch": 1, "request_seconds": median, "request_seconds_turns": seconds,
+        "model": model, "prompt": prompt, "new": 4, "batch": 1, "request_seconds": median, "request_seconds_each": seconds,
         "time_to_first_token_s": None, "peak_memory_bytes": 2_000_000, "cache_bytes": 1000 if model == "a" else 3000,
     }  # fmt: skip
 
