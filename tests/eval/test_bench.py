@@ -292,7 +292,7 @@ def test_no_such_row(command, fake_run):
 def test_ctrl_c_keeps_what_there_is(command, fake_run, tmp_path, content):
     fake_run(KeyboardInterrupt(), finished=False, rows=content["rows"][:4])
     status, out, err = command("bench")
-    assert status == 1 and err.endswith("interrupted\n")
+    assert status == 130 and err.endswith("interrupted\n")
     assert "Interrupted" in out
     (path,) = tmp_path.glob("runs/bench/*.json")
     assert len(json.loads(path.read_text())["rows"]) == 4
