@@ -49,7 +49,7 @@ class Table:
         return name not in FIXED and len(values) > 1 and raw(row.get(name)) == pick(values) and len(set(values)) > 1
 
 
-FIXED = ("task", "metric", "questions", "shots", "pick")  # columns of the accuracy table that are no model
+FIXED = ("task", "questions", "pick")  # columns of the accuracy table that are no model
 
 
 @dataclass
@@ -207,23 +207,19 @@ def accuracy(rows: Rows, order: Sequence[str]) -> list[Any]:
     models = [label for label in order if any(row["label"] == label for row in rows)]
     tasks: dict[tuple, dict[str, Any]] = {}
     for row in rows:
-        way = "" if row.get("filter") in (None, "none") else f" ({row['filter']})"
-        fields = {name: row.get(name) for name in ("task", "shots", "questions")} | {"metric": (row.get("metric") or "") + way}
-        line = tasks.setdefault(
-            tuple(row.get(name) for name in KEYS["accuracy"]), fields | {"pick": min if less_is_better(row) else max}
-        )
+        shots = f"{row['shots']} shots" if row.get("shots") else None
+        words = [row["task"], shots, row.get("metric"), row.get("filter") if row.get("filter") != "none" else None]
+        fields = {"task": ", ".join(filter(None, words)), "questions": row.get("questions")}
+        pick = min if less_is_better(row) else max
+        line = tasks.setdefault(tuple(row.get(name) for name in KEYS["accuracy"]), fields | {"pick": pick})
         error = row.get("stderr")
         if row["value"] is not None:
             line[row["label"]] = Shown(f"{row['value']:.3f}" + ("" if error is None else f" ± {error:.3f}"), row["value"])
-    columns = {
-        name: name
-        for name in ("task", "metric", "shots", "questions")
-        if any(line[name] not in (None, "") for line in tasks.values())
-    }
+    columns = {"task": "task"} | {label: label for label in models} | {"questions": "questions"}
     note = (
         "± is the standard error over a task's questions. The command eval compare tells which differences are more than chance."
     )
-    return [Table(columns | {label: label for label in models}, list(tasks.values()), by_row=max), Text(note)]
+    return [Table(columns, list(tasks.values()), by_row=max), Text(note)]
 
 
 def long_contexts(rows: Rows) -> list[Any]:
