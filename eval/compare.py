@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from eval import paired, perplexity, throughput
-from eval.results import KEYS, Results, identity
+from eval.generation import FIT
+from eval.results import KEYS, Results, identity, with_origin
 
 Pair = tuple[dict[str, Any], dict[str, Any]]
 COLUMNS = {
@@ -26,7 +27,7 @@ def measure(
     rows = perplexity.evaluate([a, b], source, window, max_bytes=max_bytes, json_path=beside)
     timed = throughput.evaluate([a, b], prompts, [new], [1], repeats=REPEATS, twin=False)
     of = {"perplexity": rows, "throughput": timed, "accuracy": [], "longcontext": []}
-    return {kind: [row | {"file": "measured here"} for row in rows] for kind, rows in of.items()}
+    return {kind: with_origin(rows, "measured here") for kind, rows in of.items()}
 
 
 def compare(a: str, b: str, results: Results, seed: int = 0) -> dict[str, Any]:
@@ -196,7 +197,9 @@ def questions_test(a: dict[Any, float], b: dict[Any, float], seed: int) -> dict[
 def throughput_rows(pairs: list[Pair], seed: int) -> Iterator[dict[str, Any]]:
     """Seconds of a request and memory, as A / B; seconds paired by turn."""
     for a, b in pairs:
-        shape = f"{a['prompt']:,} in, {a['new']:,} out" + (f", batch {a['batch']}" if a["batch"] != 1 else "")
+        shape = f"{a['prompt']:,} in, {a['new']:,} out" + (f", batch {a['sequences']}" if a["sequences"] != 1 else "")
+        if a["sequences"] == FIT:
+            a, b = per_sequence(a), per_sequence(b)
         for field, name in SECONDS.items():
             if a.get(field) and b.get(field):
                 facts = turns_test(a, b, field, seed)
@@ -205,6 +208,12 @@ def throughput_rows(pairs: list[Pair], seed: int) -> Iterator[dict[str, Any]]:
             if a.get(field) and b.get(field):
                 facts = {"test": EXACT if field == "cache_bytes" else "none: measured once"}
                 yield outcome(f"{name}, {shape}", a[field] / 1e6, b[field] / 1e6, ratio=True, less_is_better=True, **facts)
+
+
+def per_sequence(row: dict[str, Any]) -> dict[str, Any]:
+    """A model that ran as many sequences at a time as it has room for: of the request's seconds, those for each."""
+    each = [seconds / row["batch"] for seconds in row.get(f"request_seconds{TURNS}", [])]
+    return row | {"request_seconds": row["request_seconds"] / row["batch"], f"request_seconds{TURNS}": each}
 
 
 def turns_test(a: dict[str, Any], b: dict[str, Any], field: str, seed: int) -> dict[str, Any]:

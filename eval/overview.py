@@ -1,11 +1,13 @@
 """The report's figures in few words: the table of all models, the cards on top, the headline in the terminal."""
 
+import math
 import statistics
 from collections import Counter
 from typing import Any
 
 from eval.charts import TWIN_LABEL
 from eval.compare import less_is_better
+from eval.generation import FIT
 from eval.output import cell
 from eval.results import KEYS, Results, identity
 from eval.sections import by_settings, short
@@ -16,7 +18,7 @@ Rows = list[dict[str, Any]]
 def side_by_side(
     models: Rows, runs: dict[str, dict[str, Any]], text: dict[str, Any] | None, results: Results
 ) -> tuple[Rows, dict[str, str]]:
-    """A row for each model, of what can be compared: tasks that all have, one text, one shape of request; and these, in words.
+    """A row for each model, of what can be compared: tasks that all have, one text, one shape of request. Which, in words.
 
     Args:
         models: of each its `label`, `model`, `pattern`, `parameters`. runs: facts of runs by the label of their model.
@@ -76,13 +78,13 @@ def common_tasks(rows: Rows) -> set[tuple]:
     return set(first.values())
 
 
-def common_shape(rows: Rows) -> tuple[tuple[int, int, int] | None, Rows]:
+def common_shape(rows: Rows) -> tuple[tuple[int, int, Any] | None, Rows]:
     """The shape (prompt, new, batch) that most models were timed at, the longest of these, and its rows."""
-    shapes = Counter((row["prompt"], row["new"], row["batch"]) for row in rows)
+    shapes = Counter((row["prompt"], row["new"], row["sequences"]) for row in rows)
     if not shapes:
         return None, []
-    shape = max(shapes, key=lambda one: (shapes[one], one))
-    return shape, [row for row in rows if (row["prompt"], row["new"], row["batch"]) == shape]
+    shape = max(shapes, key=lambda one: (shapes[one], one[:2], math.inf if one[2] == FIT else one[2]))
+    return shape, [row for row in rows if (row["prompt"], row["new"], row["sequences"]) == shape]
 
 
 def written_per_second(row: dict[str, Any]) -> float | None:
@@ -111,6 +113,8 @@ def notices(content: dict[str, Any]) -> list[str]:
     found = [f"Not finished: {', '.join(going)}. These are the figures so far."] if going else []
     if content["runs"] and content["text"] is None:
         found.append("No text baselines: a run with data.streaming keeps no text. See `python -m eval perplexity`.")
+    if content["timing_fault"]:
+        found.append(f"Not timed: {content['timing_fault']}")
     return found
 
 

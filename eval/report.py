@@ -19,7 +19,7 @@ from eval.machine import machine
 from eval.models import is_ours, open_model
 from eval.overview import cards, headline, notices, side_by_side, subtitle, title
 from eval.page import markdown, page
-from eval.results import Results, identity, labels, read_results
+from eval.results import Results, identity, labels, read_results, with_origin
 from eval.sections import SIDE_BY_SIDE, sections
 from eval.throughput import TWIN
 from hybridlm import HybridLMConfig
@@ -110,7 +110,8 @@ def measure(runs: Rows, models: list[str], results: Results, prompts: list[int])
     label = dict(zip(names, labels(names.values()).values()))
     timed = {identity(row["model"]) for row in results["throughput"]}
     twin_faults = {name: no_twin(name) for name in ours if identity(name) not in timed}
-    results["throughput"] += [row | {"file": "measured here"} for row in speeds(twin_faults, prompts)]
+    rows, timing_fault = speeds(list(twin_faults), prompts)
+    results["throughput"] += with_origin(rows, "measured here")
     for rows in results.values():
         for row in rows:
             folder = row["model"].removesuffix(TWIN)
@@ -125,8 +126,11 @@ def measure(runs: Rows, models: list[str], results: Results, prompts: list[int])
         "runs": [run["facts"] for run in runs],
         "models": table,
         "text": text,
+        "timing_fault": timing_fault,
         "twin_faults": {label[identity(name)]: fault for name, fault in twin_faults.items() if fault},
-        "throughput": [{k: v for k, v in row.items() if k not in ("file", "label")} for row in results["throughput"]],
+        "throughput": [
+            {k: v for k, v in row.items() if k not in ("file", "label", "sequences")} for row in results["throughput"]
+        ],
         "machine": machine(),
     }
     if len(runs) == 1:  # what the report of one run has always had
@@ -141,14 +145,12 @@ def measure(runs: Rows, models: list[str], results: Results, prompts: list[int])
     return content | notes
 
 
-def speeds(twin_faults: dict[str, str | None], prompts: list[int]) -> Rows:
-    """Throughput of models: those that have a twin beside it, the others alone."""
-    rows = []
-    for twin in (True, False):
-        folders = [name for name, fault in twin_faults.items() if (fault is None) == twin]
-        if folders:
-            rows += throughput.evaluate(folders, prompts, [NEW_TOKENS], [1], twin=twin)
-    return rows
+def speeds(folders: list[str], prompts: list[int]) -> tuple[Rows, str | None]:
+    """Throughput of models in turns, each hybrid beside its twin; what memory did not suffice for, in words."""
+    try:
+        return (throughput.evaluate(folders, prompts, [NEW_TOKENS], [1]) if folders else []), None
+    except throughput.OutOfMemory as error:
+        return error.rows, str(error)
 
 
 def text_scores(runs: Rows, models: dict[str, str]) -> dict[str, Any] | None:
@@ -193,10 +195,11 @@ def first_documents(documents: Iterable[str], limit: int) -> list[str]:
 
 def no_twin(folder: str) -> str | None:
     """Why the model has no Transformer twin; None where it has one."""
-    if not is_ours(folder):
-        return "it is no hybrid of this library."
+    config = HybridLMConfig.from_pretrained(folder) if is_ours(folder) else None
+    if config is None or "M" not in config.hybrid_override_pattern:
+        return "it is no hybrid."
     try:
-        transformer_twin(HybridLMConfig.from_pretrained(folder))
+        transformer_twin(config)
     except ValueError as error:
         return str(error)
     return None

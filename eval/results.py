@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from eval.generation import FIT
 from eval.throughput import TWIN
 
 # What every row of a kind has; the fields that tell two rows of one model apart.
@@ -17,7 +18,7 @@ FIELDS = {
 }
 KEYS = {
     "perplexity": ("text_sha256", "window", "stride", "carry"),
-    "throughput": ("prompt", "new", "batch"),
+    "throughput": ("prompt", "new", "sequences"),
     "accuracy": ("task", "metric", "filter", "shots"),
     "longcontext": ("task", "length", "depth"),
 }
@@ -35,13 +36,21 @@ def read_results(paths: Iterable[str]) -> Results:
     for path in paths:
         rows = rows_of(load(path), path)
         kind = kind_of(rows, path)
-        for row in rows:
+        for row in with_origin(rows, path):
             key = (kind, identity(row["model"]), *(row.get(field) for field in KEYS[kind]))
             if key in origin:
                 raise ValueError(f"{path} has what {origin[key]} has: {kind} of {row['model']}. Give one of the two.")
             origin[key] = path
-            results[kind].append(row | {"file": path})
+            results[kind].append(row)
     return results
+
+
+def with_origin(rows: Iterable[dict[str, Any]], path: str) -> list[dict[str, Any]]:
+    """Rows with the `file` they come from; of throughput also with the `sequences` asked for: a number, or as many as fit."""
+    return [
+        row | {"file": path} | ({"sequences": FIT if row.get("fit_memory_bytes") else row["batch"]} if "batch" in row else {})
+        for row in rows
+    ]
 
 
 def load(path: str) -> Any:

@@ -262,10 +262,10 @@ AGAINST_PROMPT = {
 def speed(content: dict[str, Any], rows: Rows) -> list[Any]:
     if not rows:
         return []
-    (new, batch), _ = Counter((row["new"], row["batch"]) for row in rows).most_common(1)[0]
+    (new, sequences), _ = Counter((row["new"], row["sequences"]) for row in rows).most_common(1)[0]
     series: dict[str, Rows] = {}
     for row in rows:
-        if (row["new"], row["batch"]) == (new, batch):
+        if (row["new"], row["sequences"]) == (new, sequences):
             series.setdefault(row["label"], []).append(row)
     drawn = [
         charts.against_prompt(series, name, *words)
@@ -283,7 +283,7 @@ def speed(content: dict[str, Any], rows: Rows) -> list[Any]:
     ]
     columns = {name: heading for name, heading in THROUGHPUT.items() if name != "batch" or any(row["batch"] != 1 for row in rows)}
     kinds = sorted({f"{row['dtype']} on the {row['device'].upper()}" for row in rows if "dtype" in row and "device" in row})
-    told = ["one request at a time" if batch == 1 else f"{batch} at a time", f"{new} tokens written", *kinds, "medians"]
+    told = ["one request at a time" if sequences == 1 else f"batch {sequences}", f"{new} tokens written", *kinds, "medians"]
     text = f"Random tokens, {', '.join(told)}. Memory is over what the process had before the model."
     if len(table) > sum(map(len, series.values())):
         text += " The pictures have these shapes alone, the table has all."

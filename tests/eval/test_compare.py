@@ -80,6 +80,23 @@ def test_questions_are_paired_by_their_number(results):
     assert loss["p"] == 2 / 2**8 and loss["verdict"] == "B better"
 
 
+def test_a_group_of_tasks_is_one_test_of_all_its_questions(results):
+    def group(model, outcomes):
+        parts = [task(f"part_{i}", part) | {"asked": "group"} for i, part in enumerate(outcomes)]
+        every = [x for part in outcomes for x in part]
+        return {"model": model, "tasks": [task("group", every) | {"asked": "group", "outcomes": None}, *parts]}
+
+    a, b = group("a", [[1, 1, 1], [1, 1, 1, 0]]), group("b", [[0, 0, 1], [0, 0, 0, 0]])
+    (row,) = compare("a", "b", results(a, b))["rows"]
+    assert (row["what"], row["pairs"], row["p"]) == ("group, acc", 7, 2 / 2**5)
+
+
+def test_a_metric_that_is_no_mean_is_not_tested(results):
+    a, b = task("f1", [1] * 9) | {"value": 0.7}, task("f1", [0] * 9)
+    (row,) = compare("a", "b", results({"model": "a", "tasks": [a]}, {"model": "b", "tasks": [b]}))["rows"]
+    assert (row["verdict"], row["test"], row["low"]) == ("not tested", "none: the metric is no mean of its outcomes", None)
+
+
 def test_depths_are_pooled(results):
     def cells(model, outcomes):
         shared = {"model": model, "task": "passkey"}
@@ -97,6 +114,10 @@ def test_depths_are_pooled(results):
     assert row["test"].startswith("signs") and row["p"] == 2 / 2**5  # one of six is a tie
     assert row["verdict"] == "no difference shown"
 
+    a[0]["questions_sha256"], b[0]["questions_sha256"] = "x", "y"
+    row = by_what(compare("a", "b", results(a, b)))["passkey, 64 tokens"]
+    assert row["verdict"] == "not tested" and "same questions" in row["test"]
+
 
 def test_speed_is_a_ratio_of_what_was_timed_in_turns(results):
     slow = [2.0, 4.0, 3.0, 6.0, 5.0, 4.5, 3.5, 2.5]
@@ -107,6 +128,12 @@ def test_speed_is_a_ratio_of_what_was_timed_in_turns(results):
     assert row["p"] == 2 / 2**8 and row["verdict"] == "A better"
     assert rows["cache, MB, 16 in, 4 out"]["verdict"] == "A better"
     assert rows["peak memory, MB, 16 in, 4 out"]["verdict"] == "not tested"
+
+    # Each runs as many sequences as fit: the seconds of each of them are compared.
+    rooms = {"fit_memory_bytes": 1e9}
+    fits = [timed("a", slow) | rooms | {"batch": 8}, timed("b", fast) | rooms | {"batch": 2}]
+    row = by_what(compare("a", "b", results(fits)))["seconds of a request, 16 in, 4 out, batch fit"]
+    assert row["effect"] == pytest.approx(2 / 8 * 2) == row["high"] and row["verdict"] == "A better"
 
     content = compare("a", "b", results([timed("a", fast)], [timed("b", slow)]))
     row = by_what(content)["seconds of a request, 16 in, 4 out"]

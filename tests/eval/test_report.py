@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from eval.throughput import OutOfMemory
+
 VOID = {"meta", "link", "img", "source", "br", "hr", "input"}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -232,6 +234,16 @@ def test_a_model_beside_a_run(report, fake_run, model_folder, tmp_path, undrawn)
         str(beside),
         f"{beside} (Transformer twin)",
     ] * 2
+
+
+def test_what_memory_did_not_suffice_for_is_told(report, fake_run, monkeypatch, undrawn):
+    def evaluate(*arguments):
+        raise OutOfMemory(["model, 8 in: no room"], [])
+
+    monkeypatch.setattr("eval.throughput.evaluate", evaluate)
+    _, text, figures = report("--run", fake_run, out=fake_run / "report")
+    assert figures["throughput"] == []
+    assert "Not timed: 1 of 1 rows could not be measured:\nmodel, 8 in: no room" in text
 
 
 def test_a_streamed_run_has_no_baselines(report, fake_run, tmp_path, undrawn):
