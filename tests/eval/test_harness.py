@@ -115,6 +115,10 @@ def test_the_context_of_several_answers_is_read_once(harness):
     read.clear()
     lm.loglikelihood([request(LONG + end, answer) for end in "ab" for answer in ("yes", "no", "not", "n")])
     assert read == [(2, len(LONG) + 1), (2, 2), (2, 2), (2, 2), (2, 2)]
+    read.clear()
+    harness_of_one = Harness(lm.model, lm.tokenizer, "tiny", 1)
+    harness_of_one.loglikelihood([request("a" * length, "b") for length in (3, 9, 6)])
+    assert read == [(1, 9), (1, 6), (1, 3)]  # the longest first: what does not fit into memory is known at once
 
 
 @pytest.mark.parametrize("kind", KINDS)
