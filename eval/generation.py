@@ -102,7 +102,8 @@ def run_watched(prompt: int, new: int, batch: int, before: int) -> tuple[int, in
 
 
 def fit(memory: float, run: Callable[[int], tuple[int, int]]) -> tuple[int, int, list[str]]:
-    """The largest batch that runs within `memory` bytes, to a tenth; the largest that was tried; and what went wrong meanwhile.
+    """The largest batch that runs within `memory` bytes, to about a tenth where each sequence takes as much as another; the most
+    that was tried; and what went wrong meanwhile.
 
     From the bytes of one sequence and of a batch follows what each more takes, at least its cache, and so the batch to try next,
     from two on; after one that cannot run at all half of it, until one can.

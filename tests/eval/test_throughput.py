@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 
 from eval import throughput
+from eval.compare import SECONDS, TURNS
 from eval.output import rows_table
 from eval.roofline import Assumptions, estimate
 from eval.throughput import COLUMNS, TWIN, beside_twin, summary
@@ -40,6 +41,7 @@ def test_a_row_for_every_shape_and_its_twin(measure):
     ]  # fmt: skip
     for row in rows:
         assert row.keys() == FIELDS
+        assert all(f"{field}{TURNS}" in row for field in SECONDS)  # what `compare` pairs
         assert (row["new"], row["batch"], row["decode_tokens_per_second"]) == (1, 2, None)
         assert row["prefill_tokens_per_second"] == pytest.approx(2 * row["prompt"] / row["time_to_first_token_s"])
         assert row["peak_memory_bytes"] > 0
