@@ -102,10 +102,9 @@ class Harness(HFLM):
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._read_once(request), []).append(i)
-        longest_first = sorted(groups.values(), key=lambda group: -len(requests[group[0]][1]))
         score = self._score if self.ours else self._score_stock
-        answers = self._in_batches(score, [[requests[i] for i in group] for group in longest_first])
-        answer_of = dict(zip(chain.from_iterable(longest_first), answers))
+        answers = self._in_batches(score, [[requests[i] for i in group] for group in groups.values()])
+        answer_of = dict(zip(chain.from_iterable(groups.values()), answers))
         for i, (_, context, continuation) in enumerate(requests):
             if not math.isfinite(answer_of[i][0]):
                 ids = torch.tensor([context + continuation], device=self.device)

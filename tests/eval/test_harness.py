@@ -188,5 +188,5 @@ def test_a_token_past_the_vocabulary_is_named(model_folder):
     model, tokenizer = open_model(str(model_folder(vocab_size=120)))
     lm = Harness(model, tokenizer, "tiny")
     for ask in (lambda: lm.loglikelihood([request("ab", "z")]), lambda: lm.generate_until([request("z", {"until": ["b"]})])):
-        with pytest.raises(ValueError, match="token id 122"):
+        with pytest.raises(ValueError, match="the tokenizer of tiny gives token id 122"):
             ask()
