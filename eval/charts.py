@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ THEMES = {
         "colours": ("#56b4e9", "#e69f00", "#2fbf93", "#cc79a7", "#f0e442", "#d9dce1", "#8a9099"),
     },
 }  # fmt: skip
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX"
 POINTS = 400  # of a curve; longer ones are averaged down to as many
 LABEL = 34  # characters of a name in a picture
+NAME_HEIGHT = 12.5  # points
 WIDTH = 4.8  # inches: text stays readable on a phone
 Colours = tuple[str, ...]
 Rows = list[dict[str, Any]]
@@ -136,44 +137,51 @@ def by_context(series: dict[str, Rows]) -> Chart:
 
 
 def quality_against_speed(models: Rows, quality: str, speed: str, less_is_better: bool) -> Chart:
-    """Rows of `label`, `speed`, `quality` and, hollow at the same height, `twin_speed` (None where there is no twin)."""
+    """Rows of `label`, `speed`, `quality` and, hollow at the same height, `twin_speed` (None where there is no twin).
+
+    Names stand in a column beside the picture, a thread to each dot: dots may lie close together, names must not.
+    """
+    height = max(3.4, 1.6 + 0.2 * len(models))
+    points_high = 72 * (height - 1.0)  # of the axes, about
 
     def draw(axes: Axes, colours: Colours) -> None:
         heights = [row["quality"] for row in models]
-        spread = max(heights) - min(heights) or abs(heights[0]) or 1.0
-        low, high = min(heights) - 0.2 * spread, max(heights) + 0.3 * spread
-        right = 1.15 * max(max(row["speed"], row["twin_speed"] or 0) for row in models)
-        axes.set(xlim=(0, right), ylim=(high + 0.1 * spread, low - 0.2 * spread) if less_is_better else (low, high))
-        for row, lift, colour in zip(models, lifts(models, axes.get_ylim()), cycle(colours[:6])):
+        margin = 0.15 * ((max(heights) - min(heights)) or abs(heights[0]) or 1.0)
+        low, high = min(heights) - margin, max(heights) + margin
+        right = 1.1 * max(max(row["speed"], row["twin_speed"] or 0) for row in models)
+        axes.set(xlim=(0, right), ylim=(high, low) if less_is_better else (low, high))
+        shares = [(row["quality"] - low) / (high - low) for row in models]
+        places = apart([1 - share if less_is_better else share for share in shares], NAME_HEIGHT / points_high)
+        for i, (row, place) in enumerate(zip(models, places)):
+            colour, marker = colours[i % 6], MARKERS[i % len(MARKERS)]
             if row["twin_speed"] is not None:
                 axes.plot([row["speed"], row["twin_speed"]], [row["quality"]] * 2, color=colour, lw=1, ls=":")
-                axes.plot(row["twin_speed"], row["quality"], "o", mfc="none", mec=colour, ms=7)
-            axes.plot(row["speed"], row["quality"], "o", color=colour, ms=7)
+                axes.plot(row["twin_speed"], row["quality"], marker, mfc="none", mec=colour, ms=7)
+            axes.plot(row["speed"], row["quality"], marker, color=colour, ms=7)
             axes.annotate(
-                short_name(row["label"]), (row["speed"], row["quality"]), (0, lift), textcoords="offset points", fontsize=9,
-                ha="left" if row["speed"] < right / 3 else "right" if row["speed"] > right * 2 / 3 else "center", va="bottom",
+                short_name(row["label"], 20), (row["speed"], row["quality"]), (1.04, place), textcoords="axes fraction",
+                va="center", fontsize=9, color=colour, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7},
             )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set(
-            title=f"{quality.capitalize()} against speed",
-            xlabel=speed,
-            ylabel=quality + (" (up is better)" if less_is_better else ""),
-        )
+        up = " (up is better)" if less_is_better else ""
+        axes.set(title=f"{quality.capitalize()} against speed", xlabel=speed, ylabel=quality + up)
 
     values = "; ".join(f"{row['label']}: {row['quality']:.3g} at {row['speed']:.3g}" for row in models)
-    return Chart("quality-against-speed", f"{quality} against {speed}. {values}", draw, 3.4)
+    return Chart("quality-against-speed", f"{quality} against {speed}. {values}", draw, height)
 
 
-def lifts(models: Rows, limits: tuple[float, float], gap: float = 12) -> list[float]:
-    """Points by which the name of each model stands above its dot, so that no two names come closer than `gap` in height."""
-    points_high = 0.68 * 3.4 * 72
-    heights = [(row["quality"] - limits[0]) / (limits[1] - limits[0]) * points_high for row in models]
-    placed = dict.fromkeys(range(len(models)), 0.0)
-    top = -np.inf
-    for i in sorted(placed, key=heights.__getitem__):
-        top = placed[i] = max(heights[i] + 6, top + gap)
-    return [placed[i] - heights[i] for i in range(len(models))]
+def apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places near the wanted ones, in the same order, no two of them closer than `gap`, none above 1."""
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    placed = list(wanted)
+    for below, i in pairwise(order):
+        placed[i] = max(placed[i], placed[below] + gap)
+    ceiling = 1.0
+    for i in reversed(order):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    return placed
 
 
 def heat_map(task: str, model: str, rows: Rows) -> Chart:
@@ -227,8 +235,8 @@ def brief(length: int) -> str:
     return f"{length // 1024:,}k" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
 
 
-def short_name(name: str) -> str:
-    return name if len(name) <= LABEL else "…" + name[1 - LABEL :]
+def short_name(name: str, length: int = LABEL) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def file_name(name: str) -> str:
