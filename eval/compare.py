@@ -13,7 +13,7 @@ from eval.results import KEYS, Results, identity, with_origin
 
 Pair = tuple[dict[str, Any], dict[str, Any]]
 COLUMNS = {
-    "what": "what", "a": "A", "b": "B", "effect": "A − B, or A / B", "interval": "95% interval", "pairs": "pairs", "p": "p",
+    "what": "what", "a": "A", "b": "B", "effect": "A−B, or A/B", "interval": "95% interval", "pairs": "pairs", "p": "p",
     "p_holm": "p, Holm", "verdict": "verdict",
 }  # fmt: skip
 REPEATS = 9  # turns: all won by one model give p = 2 / 2^9, which survives the correction among a dozen tests
@@ -231,7 +231,7 @@ def turns_test(a: dict[str, Any], b: dict[str, Any], field: str, seed: int) -> d
 
 OTHERS = "none: they were not asked the same questions"
 EXACT = "exact: computed from shapes"
-SECONDS = {"time_to_first_token_s": "seconds to the first token", "request_seconds": "seconds of a request"}
+SECONDS = {"time_to_first_token_s": "s to the first token", "request_seconds": "s of a request"}
 BYTES = {"peak_memory_bytes": "peak memory, MB", "cache_bytes": "cache, MB"}
 TURNS = "_each"
 ROWS = {

@@ -134,7 +134,7 @@ def cards(content: dict[str, Any]) -> dict[str, str]:
     found = {"models": str(len(models))}
     for name, words, pick in BEST_CARDS:
         having = [row for row in models if row[name] is not None]
-        if having:
+        if len({row[name] for row in having}) > (len(models) > 1):  # of several that are equal none is best
             best = pick(having, key=lambda row, name=name: row[name])
             found[f"{words}: {best['label']}"] = f"{best[name]:.3f}" if abs(best[name]) < 100 else short(best[name])
     return found

@@ -123,7 +123,7 @@ def test_speed_is_a_ratio_of_what_was_timed_in_turns(results):
     slow = [2.0, 4.0, 3.0, 6.0, 5.0, 4.5, 3.5, 2.5]
     fast = [x / 2 for x in slow]
     rows = by_what(compare("a", "b", results([timed("a", fast), timed("b", slow)])))
-    row = rows["seconds of a request, 16 in, 4 out"]
+    row = rows["s of a request, 16 in, 4 out"]
     assert row["effect"] == pytest.approx(0.5) == row["low"] == row["high"]  # whatever slowed a turn slowed both
     assert row["p"] == 2 / 2**8 and row["verdict"] == "A better"
     assert rows["cache, MB, 16 in, 4 out"]["verdict"] == "A better"
@@ -132,11 +132,11 @@ def test_speed_is_a_ratio_of_what_was_timed_in_turns(results):
     # Each runs as many sequences as fit: the seconds of each of them are compared.
     rooms = {"fit_memory_bytes": 1e9}
     fits = [timed("a", slow) | rooms | {"batch": 8}, timed("b", fast) | rooms | {"batch": 2}]
-    row = by_what(compare("a", "b", results(fits)))["seconds of a request, 16 in, 4 out, batch fit"]
+    row = by_what(compare("a", "b", results(fits)))["s of a request, 16 in, 4 out, batch fit"]
     assert row["effect"] == pytest.approx(2 / 8 * 2) == row["high"] and row["verdict"] == "A better"
 
     content = compare("a", "b", results([timed("a", fast)], [timed("b", slow)]))
-    row = by_what(content)["seconds of a request, 16 in, 4 out"]
+    row = by_what(content)["s of a request, 16 in, 4 out"]
     assert row["verdict"] == "not tested" and row["low"] is None
     assert "Not tested, they were not timed in turns, by one command: 1 row(s)." in notes(content)
 
