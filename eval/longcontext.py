@@ -185,7 +185,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), ["any" if depth is None else f"{depth:g}" for depth in depths])
-            axes.set(title=f"{task}: {Path(model).name}", xlabel="length, tokens", ylabel="depth")
+            axes.set(title=f"{task}: {'/'.join(Path(model).parts[-2:])}", xlabel="length, tokens", ylabel="depth")
     figure.colorbar(image, ax=grid.ravel().tolist(), label="accuracy")
     figure.savefig(path, dpi=120)
     lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *([cell(row[field]) for field in COLUMNS] for row in rows)]

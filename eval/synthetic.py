@@ -107,7 +107,13 @@ def variables(rng: Random, size: int, depth: float, chains: int = 2, hops: int =
 
 
 def phonebook(
-    rng: Random, size: int, depth: float, queries: int = 3, digits: int = 7, last_names: tuple[str, ...] = LAST_NAMES
+    rng: Random,
+    size: int,
+    depth: float,
+    queries: int = 3,
+    digits: int = 7,
+    first_names: tuple[str, ...] = FIRST_NAMES,
+    last_names: tuple[str, ...] = LAST_NAMES,
 ) -> Question:
     """`size` names with their numbers, two of them asked and answered, then a third is asked (Jelassi et al. 2024, arXiv
     2402.01032; Waleffe et al. 2024, arXiv 2406.07887).
@@ -116,7 +122,7 @@ def phonebook(
         queries: names asked, all but the last answered.
         last_names: () for names of one word.
     """
-    names = [f"{a} {b}" for a in FIRST_NAMES for b in last_names] if last_names else list(FIRST_NAMES)
+    names = [f"{a} {b}" for a in first_names for b in last_names] or first_names
     chosen = rng.sample(names, size)
     numbers = {name: _number(rng, digits) for name in chosen}
     asked = _asked(rng, chosen, depth, queries)
@@ -124,16 +130,16 @@ def phonebook(
     return Question("\n".join([*book, "", *answered, f"{asked[-1]}:"]), numbers[asked[-1]], depth, size)
 
 
-def mqar(rng: Random, size: int, depth: float, queries: int = 3, words: int = len(KEYS)) -> Question:
+def mqar(rng: Random, size: int, depth: float, queries: int = 3, pool: int = len(KEYS)) -> Question:
     """Multi-query associative recall: `size` words each before another, then some of them again (Arora et al. 2023, "Zoology",
     arXiv 2312.04927, section 4).
 
     Args:
         queries: keys asked, all but the last answered.
-        words: keys, and values, that are drawn from.
+        pool: keys, and values, that are drawn from.
     """
-    chosen = rng.sample(KEYS[:words], size)
-    value = {key: rng.choice(VALUES[:words]) for key in chosen}
+    chosen = rng.sample(KEYS[:pool], size)
+    value = {key: rng.choice(VALUES[:pool]) for key in chosen}
     asked = _asked(rng, chosen, depth, queries)
     shown, answered = ("".join(f" {key} {value[key]}" for key in keys) for keys in (chosen, asked[:-1]))
     return Question(f"{shown} |{answered} {asked[-1]}", value[asked[-1]], depth, size)
