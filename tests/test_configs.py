@@ -29,7 +29,7 @@ from train.loop import train
 from train.optim import learning_rate
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "configs").rglob("*.*"))
+FILES = sorted(file for file in (ROOT / "configs").rglob("*.*") if "experiments" not in file.parts)
 SHAPES = [file for file in FILES if file.parent.name == "model"]
 ACCELERATE = [file for file in FILES if file.parent.name == "accelerate"]
 LAUNCH = [file for file in FILES if file.parent.name == "launch"]

@@ -1,0 +1,332 @@
+"""Recall of small hybrids, Mamba-2 and Transformers against the number of pairs in the text.
+
+`python configs/experiments/recall/run.py`, from the repository's root, trains every model by `python -m train`, two at a time
+with a thread each, and asks all of them the same questions; docs/recall.md tells what came out. What is trained already is not
+trained again.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from eval.longcontext import accuracy, ask, most_tokens
+from eval.models import open_model
+from eval.synthetic import FIRST_NAMES, TASKS, Question, Task, exact, mqar, phonebook, training_texts
+from hybridlm import HybridLMConfig
+from hybridlm.checkpoint import load_tokenizer
+from hybridlm.output import quiet, write_json
+from hybridlm.tokenizer import END, PAD, with_specials
+from hybridlm.twin import count_parameters
+
+HERE = Path(__file__).parent
+RESULTS, FIGURE = HERE / "results.json", HERE.parents[2] / "docs/img/recall.png"
+POOL = 32  # keys and values, or names, that texts are made of
+QUESTIONS = 200  # of each number of pairs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Attributes:
+        lr, init: learning rate and initializer_range: of a few that were tried, those with which it learned soonest.
+        phases: shares of the training at which other texts begin; lengths: how long the texts of each phase are. In texts of two
+            pairs attention finds out soonest how to look something up; Mamba-2 learns to get by without in these.
+    """
+
+    pattern: str
+    lr: float
+    init: float
+    phases: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    def share(self, length: int) -> float:
+        """Of the training, in texts of this length."""
+        ends = (*self.phases, 1.0)
+        return sum(end - start for start, end, n in zip((0.0, *self.phases), ends, self.lengths) if n == length)
+
+
+MODELS = {
+    "hybrid": Recipe("M-*-", 5e-3, 0.08, (0.35, 0.5, 0.65), (16, 32, 64, 128)),
+    "Mamba-2": Recipe("M-M-", 1e-2, 0.05, (0.65,), (64, 128)),
+    "Transformer": Recipe("*-*-", 3e-3, 0.08, (0.6, 0.75, 0.85), (16, 32, 64, 128)),
+}
+# A state of 4 rows for each channel: so small that what it cannot hold shows at few pairs; with 16, thirty pairs are no trouble.
+# With biases in attention a head can look one token back whatever stands there.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+    "attention_bias": True, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 4, "chunk_size": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of `length` tokens, their end among them, with these numbers of pairs."""
+
+    length: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Attributes:
+        texts: what is trained on. The length of the last ones is a multiple of each.
+        pairs: what is asked.
+        steps, batch: of a training; a sequence is as long as the last texts. seeds: trainings of each model.
+    """
+
+    task: Task
+    texts: tuple[Texts, ...]
+    pairs: tuple[int, ...]
+    steps: int
+    batch: int
+    seeds: int
+
+    @property
+    def length(self) -> int:
+        return self.texts[-1].length
+
+
+EXPERIMENTS = {
+    "mqar": Experiment(
+        task=replace(TASKS["mqar"], make=partial(mqar, pool=POOL), smallest=2, largest=POOL),
+        texts=(Texts(16, (2, 3)), Texts(32, (2, 4, 6)), Texts(64, (4, 8, 15)), Texts(128, (4, 8, 16, 30))),
+        pairs=(2, 4, 8, 16, 30),
+        steps=1500,
+        batch=8,
+        seeds=1,
+    ),
+    "phonebook": Experiment(
+        task=replace(
+            TASKS["phonebook"],
+            make=partial(phonebook, digits=2, first_names=FIRST_NAMES[:POOL], last_names=()),
+            smallest=2,
+            largest=POOL,
+        ),
+        texts=(Texts(16, (2,)), Texts(32, (2, 3, 4)), Texts(64, (4, 8)), Texts(128, (4, 8, 16))),
+        pairs=(2, 4, 8, 16),
+        steps=1500,
+        batch=8,
+        seeds=1,
+    ),
+}
+
+
+def config(pattern: str, vocab_size: int) -> dict[str, Any]:
+    """The shape of a model as large as the pure Mamba-2 by the width of its FFN, with RoPE where nothing else tells the order."""
+    shape = SHAPE | {"vocab_size": vocab_size, "hybrid_override_pattern": pattern}
+    if "M" not in pattern:
+        shape["rope_theta"] = 10000.0
+    size, wanted = (
+        count_parameters(HybridLMConfig(**shape | {"hybrid_override_pattern": p})) for p in (pattern, MODELS["Mamba-2"].pattern)
+    )
+    shape["intermediate_size"] += round((wanted - size) / (2 * SHAPE["hidden_size"] * pattern.count("-")))
+    return shape
+
+
+def run_config(out: Path, name: str, model: str, seed: int, vocab_size: int) -> dict[str, Any]:
+    """What `python -m train` is given."""
+    e, recipe = EXPERIMENTS[name], MODELS[model]
+    return {
+        "run_dir": str(out / name / f"{model.lower()}-{seed}"),
+        "seed": seed,
+        "model": {"config": config(recipe.pattern, vocab_size) | {"initializer_range": recipe.init}},
+        "data": {
+            "blend": [
+                {
+                    "source": str(out / name / f"{t.length}.jsonl"),
+                    "weight": [float(length == t.length) for length in recipe.lengths],
+                }
+                for t in e.texts
+                if t.length in recipe.lengths
+            ],
+            "phases": list(recipe.phases),
+            "val_fraction": 0.1,
+            "tokenizer": str(out / name / "tokenizer"),
+            "seq_len": e.length,
+            "cache_dir": str(out / "cache"),
+        },
+        "optim": {"lr": recipe.lr, "weight_decay": 0.01},
+        "schedule": {"warmup": 0.12, "decay": 0.3, "decay_type": "linear", "min_lr_ratio": 0.02},
+        "train": {
+            "steps": e.steps, "global_batch": e.batch, "checkpoint_every": e.steps, "val_every": e.steps, "val_sequences": 16,
+        },
+        "log": {"every": 50, "sample_tokens": 0},
+    }  # fmt: skip
+
+
+def write_texts(out: Path, name: str) -> None:
+    """The texts of each length, so many that none is read twice, and a tokenizer for which a word is a token."""
+    e, folder = EXPERIMENTS[name], out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "tokenizer").exists():
+        return
+    tokenizer = word_tokenizer(training_texts(name, e.task, [e.task.largest], len, 10**5, 30, 1))
+    count = partial(most_tokens, [tokenizer])
+    for t in e.texts:
+        share = max(recipe.share(t.length) for recipe in MODELS.values())
+        number = math.ceil(share * e.steps * e.batch * e.length / t.length / 0.9)  # a tenth is held out
+        texts = training_texts(name, e.task, t.sizes, count, t.length - 1, number, 0)
+        bar = tqdm(texts, desc=f"{name}: {t.length} tokens", total=number, unit=" texts")
+        lines = [json.dumps({"text": text}) + "\n" for text in bar]
+        (folder / f"{t.length}.jsonl").write_text("".join(lines), encoding="utf-8")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def word_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerBase:
+    """The words of `texts`, with the space before them, and numbers of two digits: nothing else, so that the model is small."""
+    backend = Tokenizer(models.WordLevel(unk_token=END))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\d{1,2}| ?[^\s\p{L}\d]|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    backend.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=[END, PAD], show_progress=False))
+    return with_specials(backend)
+
+
+def train(file: Path) -> None:
+    """`python -m train` with one thread; the CPU seconds that it took are kept in a file beside the settings.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    kept = file.with_suffix(".seconds")
+    if kept.exists():
+        return
+    with file.with_suffix(".log").open("w") as log:
+        command = [sys.executable, "-m", "train", "--config", str(file)]
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed; see {log.name}.")
+    kept.write_text(f"{used.ru_utime + used.ru_stime:.0f}\n")
+
+
+def questions(task: Task, pairs: int, number: int) -> list[Question]:
+    """The same for every model; the asked pair stands anywhere."""
+    made = []
+    for i in range(number):
+        rng = Random(f"question {pairs} {i}")
+        made.append(task.make(rng, pairs, rng.random()))
+    return made
+
+
+def answers(folder: str, name: str, pairs: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A row for each number of pairs, of the model in this folder."""
+    quiet()
+    torch.set_num_threads(1)
+    model, tokenizer = open_model(folder)
+    rows = []
+    for size in pairs:
+        outcomes = ask(model, tokenizer, questions(EXPERIMENTS[name].task, size, QUESTIONS), exact, 50, folder)
+        rows.append({"pairs": size, **accuracy(outcomes), "questions": QUESTIONS})
+    return rows
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """Trains and asks every model; what is done already is not done again."""
+    plan = [(name, model, seed) for name, e in EXPERIMENTS.items() for seed in range(e.seeds) for model in MODELS]
+    for name in EXPERIMENTS:
+        write_texts(out, name)
+    files = []
+    for name, model, seed in plan:
+        vocab_size = len(load_tokenizer(str(out / name / "tokenizer")))
+        values = run_config(out, name, model, seed, vocab_size)
+        files.append(Path(f"{values['run_dir']}.yaml"))
+        files[-1].write_text(yaml.safe_dump(values), encoding="utf-8")
+    with ThreadPoolExecutor(2) as pool:  # of processes: the threads only wait for them
+        list(tqdm(pool.map(train, files), desc="training", total=len(files), unit=" models"))
+    rows = []
+    for (name, model, seed), file in zip(plan, tqdm(files, desc="asking", unit=" models")):
+        folder = file.with_suffix("")
+        for row in answers(str(folder / "model"), name, EXPERIMENTS[name].pairs):
+            rows.append({"task": name, "model": model, "pattern": MODELS[model].pattern, "seed": seed, **row, **facts(folder)})
+    return rows
+
+
+def facts(run_dir: Path) -> dict[str, Any]:
+    last = json.loads((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    shape = HybridLMConfig.from_pretrained(run_dir / "model")
+    seconds = int(run_dir.with_suffix(".seconds").read_text())
+    return {"parameters": count_parameters(shape), "tokens": last["tokens"], "steps": last["step"], "cpu_seconds": seconds}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], tuple[float, float]]:
+    """Mean accuracy over seeds and its standard error, from the spread between the seeds, by task, model and pairs."""
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["model"], row["pairs"]), []).append(row)
+    return {
+        key: (mean(r["accuracy"] for r in group), stdev(r["accuracy"] for r in group) / len(group) ** 0.5)
+        if len(group) > 1
+        else (group[0]["accuracy"], group[0]["stderr"])
+        for key, group in found.items()
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each task and model, a column for each number of pairs."""
+    found = summary(rows)
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        pairs = sorted({row["pairs"] for row in rows if row["task"] == task})
+        lines += [f"| {task}, pairs | {' | '.join(map(str, pairs))} |", "|---" * (len(pairs) + 1) + "|"]
+        for model in MODELS:
+            cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in (found[task, model, n] for n in pairs)]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against pairs, a line for each model, side by side for the tasks."""
+    found, tasks = summary(rows), list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(tasks), 3.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        pairs = sorted({row["pairs"] for row in rows if row["task"] == task})
+        for model, colour, marker in zip(MODELS, ("#0072b2", "#d55e00", "#8a9099"), "os^"):
+            means, errors = zip(*(found[task, model, n] for n in pairs))
+            axes.errorbar(
+                pairs, means, errors, color=colour, marker=marker, capsize=3, label=f"{model} ({MODELS[model].pattern})"
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(pairs, [str(n) for n in pairs])
+        axes.set(title=task, xlabel="pairs in the text", ylabel="accuracy", ylim=(-0.03, 1.05))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="folder of texts and runs")
+    out = parser.parse_args(argv).out
+    rows = results(out)
+    write_json({"rows": rows}, RESULTS)
+    draw(rows, FIGURE)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
