@@ -20,7 +20,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray, seed: int = 0) -> flo
     """
     d = np.asarray(differences, dtype=np.float64)
     d = d[d != 0]  # no sign
-    n, seen = len(d), abs(d.sum()) * (1 - 1e-9)  # rounding must not make a tie a difference
+    n, seen = len(d), abs(d.sum()) - 1e-9 * abs(d).sum()  # rounding must not make a tie a difference
     if n <= EXACT_PAIRS:
         every = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float(np.mean(abs(every @ d) >= seen))

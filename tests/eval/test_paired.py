@@ -13,6 +13,8 @@ def test_signs_are_all_tried():
     assert paired.sign_flip_p([1.0, 2.0, -3.0]) == 1  # a sum of 0 is reached by all
     assert paired.sign_flip_p([0.0, 0.0]) == 1
     assert paired.sign_flip_p([0.1, 0.2, 0.3, 0.0]) == 2 / 8  # a tie has no sign
+    d = np.array([7, 6, -5, 3, -6, -5])  # a sum of 0, which is not quite that in floats
+    assert paired.sign_flip_p(d / 10) == paired.sign_flip_p(d) == 1
     d = np.array([0.3, -0.1, 0.25, 0.4, -0.05, 0.2, 0.1])
     brute = np.mean([abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-12 for signs in product((1, -1), repeat=len(d))])
     assert paired.sign_flip_p(d) == brute
