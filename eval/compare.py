@@ -23,6 +23,7 @@ def measure(
     a: str, b: str, source: str, window: int, max_bytes: int | None, prompts: list[int], new: int, json_path: str | None
 ) -> Results:
     """Perplexity of both on the same text, and their speed in turns."""
+    check_two(a, b)
     beside = None if json_path in (None, "-") else json_path
     rows = perplexity.evaluate([a, b], source, window, max_bytes=max_bytes, json_path=beside)
     timed = throughput.evaluate([a, b], prompts, [new], [1], repeats=REPEATS, twin=False)
@@ -41,8 +42,7 @@ def compare(a: str, b: str, results: Results, seed: int = 0) -> dict[str, Any]:
     Raises:
         ValueError: the files have nothing of one of them, or nothing of both.
     """
-    if identity(a) == identity(b):
-        raise ValueError(f"{a} and {b} are the same model. Give two.")
+    check_two(a, b)
     rows: list[dict[str, Any]] = []
     unmatched: list[str] = []
     for kind, make in ROWS.items():
@@ -61,6 +61,15 @@ def compare(a: str, b: str, results: Results, seed: int = 0) -> dict[str, Any]:
     for row in rows:
         row["verdict"] = verdict(row, row.pop("less_is_better"))
     return {"a": a, "b": b, "level": paired.LEVEL, "rows": rows, "unmatched": unmatched}
+
+
+def check_two(a: str, b: str) -> None:
+    """
+    Raises:
+        ValueError: they are one.
+    """
+    if identity(a) == identity(b):
+        raise ValueError(f"{a} and {b} are the same model. Give two.")
 
 
 def matched(a: str, b: str, kind: str, rows: list[dict[str, Any]]) -> tuple[list[Pair], list[str]]:
@@ -121,6 +130,8 @@ def accuracy_rows(pairs: list[Pair], seed: int) -> Iterator[dict[str, Any]]:
         if a["value"] is None or b["value"] is None:
             continue
         facts = questions_test(by_question(a), by_question(b), seed)
+        if a.get("version") != b.get("version"):
+            facts = {"test": "none: not the same version of the task"}
         if facts.get("p") is not None and not all(is_mean(row) for row in (a, b)):
             facts = {"test": "none: the metric is no mean of its outcomes"}
         yield outcome(what, a["value"], b["value"], less_is_better=less_is_better(a), **facts)
@@ -199,21 +210,25 @@ def throughput_rows(pairs: list[Pair], seed: int) -> Iterator[dict[str, Any]]:
     for a, b in pairs:
         shape = f"{a['prompt']:,} in, {a['new']:,} out" + (f", batch {a['sequences']}" if a["sequences"] != 1 else "")
         if a["sequences"] == FIT:
-            a, b = per_sequence(a), per_sequence(b)
+            a, b, shape = per_sequence(a), per_sequence(b), f"{shape}, each sequence"
         for field, name in SECONDS.items():
             if a.get(field) and b.get(field):
                 facts = turns_test(a, b, field, seed)
                 yield outcome(f"{name}, {shape}", a[field], b[field], ratio=True, less_is_better=True, **facts)
         for field, name in BYTES.items():
             if a.get(field) and b.get(field):
-                facts = {"test": EXACT if field == "cache_bytes" else "none: measured once"}
+                alike = a.get("dtype") == b.get("dtype")
+                once = "none: measured once" if alike else "none: not in the same precision"
+                facts = {"test": EXACT if alike and field == "cache_bytes" else once}
                 yield outcome(f"{name}, {shape}", a[field] / 1e6, b[field] / 1e6, ratio=True, less_is_better=True, **facts)
 
 
 def per_sequence(row: dict[str, Any]) -> dict[str, Any]:
-    """A model that ran as many sequences at a time as it has room for: of the request's seconds, those for each."""
-    each = [seconds / row["batch"] for seconds in row.get(f"request_seconds{TURNS}", [])]
-    return row | {"request_seconds": row["request_seconds"] / row["batch"], f"request_seconds{TURNS}": each}
+    """A model that ran as many sequences at a time as it has room for: seconds and cache of each; the memory was given."""
+    n, lists = row["batch"], [f"{field}{TURNS}" for field in SECONDS]
+    shares = {field: row[field] / n for field in (*SECONDS, "cache_bytes") if row.get(field)}
+    each = {field: [seconds / n for seconds in row[field]] for field in lists if row.get(field)}
+    return row | shares | each | {"peak_memory_bytes": None}
 
 
 def turns_test(a: dict[str, Any], b: dict[str, Any], field: str, seed: int) -> dict[str, Any]:
@@ -252,8 +267,7 @@ def table_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows as the table shows them."""
     shown = []
     for row in rows:
-        sign = "" if row["effect_of"] == "ratio" else "+"
-        style = f"{sign}.3f"
+        style = ".3f" if row["effect_of"] == "ratio" else "+.3g"
         texts = {
             "a": f"{row['a']:.4g}",
             "b": f"{row['b']:.4g}",

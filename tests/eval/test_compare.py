@@ -131,14 +131,56 @@ def test_speed_is_a_ratio_of_what_was_timed_in_turns(results):
 
     # Each runs as many sequences as fit: the seconds of each of them are compared.
     rooms = {"fit_memory_bytes": 1e9}
-    fits = [timed("a", slow) | rooms | {"batch": 8}, timed("b", fast) | rooms | {"batch": 2}]
-    row = by_what(compare("a", "b", results(fits)))["s of a request, 16 in, 4 out, batch fit"]
+    first = {"time_to_first_token_s": 1.0, "time_to_first_token_s_each": [1.0] * 8}
+    fits = [timed("a", slow) | rooms | first | {"batch": 8, "cache_bytes": 8000}]
+    fits.append(timed("b", fast) | rooms | first | {"batch": 2, "cache_bytes": 6000})
+    rows = by_what(compare("a", "b", results(fits)))
+    row = rows["s of a request, 16 in, 4 out, batch fit, each sequence"]
     assert row["effect"] == pytest.approx(2 / 8 * 2) == row["high"] and row["verdict"] == "A better"
+    row = rows["s to the first token, 16 in, 4 out, batch fit, each sequence"]
+    assert row["effect"] == pytest.approx(2 / 8) == row["high"] and row["verdict"] == "A better"
+    row = rows["cache, MB, 16 in, 4 out, batch fit, each sequence"]
+    assert row["effect"] == pytest.approx(1000 / 3000) and row["verdict"] == "A better"
+    assert len(rows) == 3  # the memory was given
+    with pytest.raises(ValueError, match="no result that both"):  # of another memory
+        compare("a", "b", results(fits[:1], [fits[1] | {"fit_memory_bytes": 2e9}]))
 
     content = compare("a", "b", results([timed("a", fast)], [timed("b", slow)]))
     row = by_what(content)["s of a request, 16 in, 4 out"]
     assert row["verdict"] == "not tested" and row["low"] is None
     assert "Not tested, they were not timed in turns, by one command: 1 row(s)." in notes(content)
+
+
+def test_a_cache_in_another_precision_is_no_merit(results):
+    rows = by_what(compare("a", "b", results([timed("a", [1.0]) | {"dtype": "x"}, timed("b", [1.0]) | {"dtype": "y"}])))
+    row = rows["cache, MB, 16 in, 4 out"]
+    assert (row["verdict"], row["test"]) == ("not tested", "none: not in the same precision")
+
+
+def test_small_differences_are_shown(results):
+    nats = np.linspace(50, 400, 12)
+    (row,) = table_rows(compare("a", "b", results(score("a", nats), score("b", nats * 1.0001)))["rows"])
+    assert row["verdict"] == "A better" and float(row["effect"]) == pytest.approx(-0.000325, abs=1e-6)
+
+
+def test_versions_of_a_task_are_not_mixed(results):
+    a, b = ({"model": name, "tasks": [task("arc", [x] * 9) | {"version": v}]} for name, x, v in (("a", 1, 1), ("b", 0, 2)))
+    (row,) = compare("a", "b", results(a, b))["rows"]
+    assert (row["verdict"], row["test"]) == ("not tested", "none: not the same version of the task")
+
+
+def test_what_a_file_has_twice_counts_once(results):
+    """A task and the group that it belongs to were asked for."""
+    twice = [task("arc", [1, 0]) | {"asked": "arc"}, task("arc", [1, 0]) | {"asked": "group"}]
+    content = compare("a", "b", results([{"model": name, "tasks": twice} for name in "ab"]))
+    assert [row["what"] for row in content["rows"]] == ["arc, acc"]
+
+
+def test_one_model_is_not_measured_with_itself(command, model_folder, monkeypatch):
+    monkeypatch.setattr("eval.compare.perplexity.evaluate", None)
+    folder = model_folder()
+    status, _, err = command("compare", folder, f"{folder}/", "--data", "stdlib")
+    assert (status, "are the same model" in err) == (2, True)
 
 
 def test_what_one_alone_has_is_told(results):
@@ -149,8 +191,8 @@ def test_what_one_alone_has_is_told(results):
 
 def test_a_difference_of_zero_and_the_table(results):
     (row,) = table_rows(compare("a", "b", results(score("a", [7.0] * 4), score("b", [7.0] * 4)))["rows"])
-    assert (row["effect"], row["p"], row["verdict"]) == ("+0.000", "1", "no difference shown")
-    assert row["interval"] == "+0.000 … +0.000"
+    assert (row["effect"], row["p"], row["verdict"]) == ("+0", "1", "no difference shown")
+    assert row["interval"] == "+0 … +0"
 
 
 @pytest.mark.parametrize(
