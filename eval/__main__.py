@@ -38,12 +38,14 @@ def throughput(args: argparse.Namespace) -> None:
     from eval.roofline import Assumptions
     from eval.throughput import COLUMNS, OutOfMemory, beside_twin, estimates_table, evaluate
 
+    if args.gpu is None and args.gpus != 1:
+        raise ValueError("--gpus is for the estimate of --gpu; give both.")
     assumed = None if args.gpu is None else Assumptions(gpu=args.gpu, gpus=args.gpus)
     fault = None
     try:
         rows = evaluate(
             args.model, args.prompt, args.new, args.batch, repeats=args.repeats, twin=not args.no_twin, memory=args.memory,
-            assumed=assumed, json_path=args.json,
+            assumed=assumed, seed=args.seed, json_path=args.json,
         )  # fmt: skip
     except OutOfMemory as error:
         rows, fault = error.rows, error

@@ -21,12 +21,13 @@ from hybridlm.output import quiet
 FIT: Literal["fit"] = "fit"
 Batch = int | Literal["fit"]
 FINE = 1.1  # no larger batch is looked for where less than this times as much is expected
+GROWTH = 8  # times as many sequences as ran are tried at most
 CACHES = ("past_key_values", "cache_params")  # what transformers' models call theirs
 _model: Any = None
 
 
 def prepare(
-    folder: str, twin: HybridLMConfig | None, prompt: int, new: int, batch: Batch, memory: float | None
+    folder: str, twin: HybridLMConfig | None, prompt: int, new: int, batch: Batch, memory: float | None, seed: int = 0
 ) -> dict[str, Any]:
     """Loads the model, or builds its `twin` with random weights, and runs a request, which warms it up.
 
@@ -35,6 +36,7 @@ def prepare(
     Args:
         batch: sequences of the request; `FIT`: the most that keep the process within `memory` bytes over what it had before the
             model; see `fit`.
+        seed: of the twin's weights and of the tokens.
 
     Returns:
         batch; asked_batch: the largest that was tried; notes: why they differ; peak_memory_bytes, weight_bytes, device, dtype.
@@ -49,6 +51,7 @@ def prepare(
     warm_up(device)
     before = held(device)
     with memory_errors():
+        torch.manual_seed(seed)
         _model = load(folder, twin, dtype, device)
         weights = sum(p.nbytes for p in _model.parameters())
         try:
@@ -56,8 +59,8 @@ def prepare(
             if batch == FIT:
                 assert memory is not None
                 few = min(new, 2)  # the step after the prompt is where the cache makes room for more
-                used, asked, notes = fit(memory, lambda b: run_watched(prompt + new - few, few, b, before))
-            peak, _ = run_watched(prompt, new, int(used), before)
+                used, asked, notes = fit(memory, lambda b: run_watched(seed, prompt + new - few, few, b, before))
+            peak, _ = run_watched(seed, prompt, new, int(used), before)
         except IndexError:
             raise ValueError(f"{folder} cannot read {prompt:,} tokens and write {new:,}: its positions end before.") from None
     return {
@@ -90,23 +93,23 @@ def held(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else resident()
 
 
-def run_watched(prompt: int, new: int, batch: int, before: int) -> tuple[int, int]:
+def run_watched(seed: int, prompt: int, new: int, batch: int, before: int) -> tuple[int, int]:
     """The most bytes held during a request, over `before`, and those of its cache."""
     if _model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        found = generate(_model, 0, prompt, new, batch)
+        found = generate(_model, seed, prompt, new, batch)
         return torch.cuda.max_memory_allocated() - before, found["cache_bytes"]
     with peak_memory() as peak:
-        found = generate(_model, 0, prompt, new, batch)
+        found = generate(_model, seed, prompt, new, batch)
     return peak[0] - before, found["cache_bytes"]
 
 
 def fit(memory: float, run: Callable[[int], tuple[int, int]]) -> tuple[int, int, list[str]]:
-    """The largest batch that runs within `memory` bytes, to about a tenth where each sequence takes as much as another; the most
-    that was tried; and what went wrong meanwhile.
+    """The largest batch that runs within `memory` bytes, to a tenth; the largest that was tried; and what went wrong meanwhile.
 
     From the bytes of one sequence and of a batch follows what each more takes, at least its cache, and so the batch to try next,
-    from two on; after one that cannot run at all half of it, until one can.
+    from two on, but never more than GROWTH times what has run: of a few sequences little may show. Between a batch that runs and
+    one that takes too much the next is at most in the middle. After one that cannot run at all half of it, until one can.
 
     Args:
         run: gives of a batch the most bytes held and those of the cache.
@@ -118,28 +121,33 @@ def fit(memory: float, run: Callable[[int], tuple[int, int]]) -> tuple[int, int,
     if one > memory:
         raise MemoryError(f"one sequence takes {one / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of --memory")
     best, too_many, batch, asked, starved, notes = 1, math.inf, 2, 1, False, list[str]()
-    while batch > best * (1 if best == 1 else FINE):
+    while is_worth_a_try(batch, best):
         asked = max(asked, batch)
         try:
             peak, _ = run(batch)
-            following = 1 + int((memory - one) / max(cache, (peak - one) / (batch - 1)))
+            following = 1 + (memory - one) / max(1, cache, (peak - one) / (batch - 1))
             trouble = f"takes {peak / 2**30:.2f} GiB" if peak > memory else None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            following, trouble, starved = batch // 2, "ran out of memory", True
+            following, trouble, starved = batch / 2, "ran out of memory", True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if trouble is None:
             best = batch
             if starved:
                 break
+            following = min(following, GROWTH * best, math.sqrt(best * too_many))
         else:
             too_many = batch
         batch = int(min(following, too_many - 1))
         if trouble:
-            notes.append(f"a batch of {too_many} {trouble}; going on with {max(batch, best)}")
+            notes.append(f"a batch of {too_many} {trouble}; going on with {batch if is_worth_a_try(batch, best) else best}")
     return best, asked, notes
+
+
+def is_worth_a_try(batch: int, best: int) -> bool:
+    return batch > best * (1 if best == 1 else FINE)
 
 
 @contextmanager
@@ -153,41 +161,45 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
-def request(turn: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
+def request(seed: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
     with memory_errors():
-        return generate(_model, turn, prompt, new, batch)
+        return generate(_model, seed, prompt, new, batch)
 
 
 @torch.inference_mode()
-def generate(model: Any, turn: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
-    """One request, greedy, on random tokens that differ from turn to turn; no end of text ends it.
+def generate(model: Any, seed: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
+    """One request, greedy, on random tokens; no end of text ends it.
 
     The prompt is read whole. In pieces behind the cache, attention would need a mask for each.
 
     Returns:
         seconds until the `first` token and in `total`; `steps`: of each further token; cache_bytes at the end.
     """
-    rng = torch.Generator().manual_seed(turn)
+    rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.get_text_config().vocab_size, (batch, prompt), generator=rng).to(model.device)
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    takes = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    # Some of transformers' models, asked without, take a token behind a cache for the first of a text.
+    positions = torch.arange(prompt + new, device=model.device)[None] if "position_ids" in takes else None
     kept: dict[str, Any] = {}
 
-    def next_token(tokens: Tensor) -> Tensor:
-        output = model(input_ids=tokens, use_cache=True, **kept, **last)
+    def next_token(tokens: Tensor, before: int) -> Tensor:
+        where = {} if positions is None else {"position_ids": positions[:, before : before + tokens.shape[1]]}
+        output = model(input_ids=tokens, use_cache=True, **where, **kept, **last)
         kept.update({name: cache for name in CACHES if (cache := getattr(output, name, None)) is not None})
         return output.logits[:, -1:].argmax(-1)
 
     wait()
     start = time.perf_counter()
-    token = next_token(ids)
+    token = next_token(ids, 0)
     wait()
     first = time.perf_counter() - start
     if not kept:
         raise ValueError(f"{type(model).__name__} keeps no cache between tokens, so its generation is not timed.")
     marks = [mark(model.device)]
-    for _ in range(new - 1):
-        token = next_token(token)
+    for before in range(prompt, prompt + new - 1):
+        token = next_token(token, before)
         marks.append(mark(model.device))
     wait()
     total = time.perf_counter() - start

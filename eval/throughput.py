@@ -67,6 +67,7 @@ def evaluate(
     twin: bool = True,
     memory: float | None = None,
     assumed: Assumptions | None = None,
+    seed: int = 0,
     json_path: str | None = None,
 ) -> list[dict[str, Any]]:
     """For each combination of prompt, new tokens and batch a row for every model, each followed by its twin's.
@@ -75,6 +76,7 @@ def evaluate(
         batches: sequences at a time, or `FIT`: of each model as many as `memory` bytes have room for.
         twin: whether a hybrid runs beside the Transformer of its size. Other models have none.
         assumed: adds `roofline` to each row: what `eval.roofline.estimate` gives; None for models that are not ours.
+        seed: of the prompts, which differ from turn to turn, and of the twins' weights.
         json_path: beside which the rows of each shape are kept, so that the same command goes on where it was stopped.
 
     Raises:
@@ -87,7 +89,7 @@ def evaluate(
     shapes = list(product(prompts, news, batches))
     settings = {
         "models": {model: identity(model) for model in models}, "shapes": shapes, "repeats": repeats, "twin": twin,
-        "memory": memory, "machine": machine_name(),
+        "memory": memory, "seed": seed, "machine": machine_name(),
     }  # fmt: skip
     journal = Journal(json_path, {"command": "throughput"} | settings)
     rows, faults = [], []
@@ -100,7 +102,7 @@ def evaluate(
                 bar.update(runs * weight(shape))
                 rows += journal.results[key]
                 continue
-            found, failed = take_turns(contenders, shape, repeats, memory, partial(bar.update, weight(shape)))
+            found, failed = take_turns(contenders, shape, repeats, memory, seed, partial(bar.update, weight(shape)))
             if not failed:
                 journal.keep(key, found)
             rows += found
@@ -145,7 +147,12 @@ def weight(shape: tuple[int, int, Batch]) -> int:
 
 
 def take_turns(
-    contenders: dict[str, Contender], shape: tuple[int, int, Batch], repeats: int, memory: float | None, tick: Callable[[], Any]
+    contenders: dict[str, Contender],
+    shape: tuple[int, int, Batch],
+    repeats: int,
+    memory: float | None,
+    seed: int,
+    tick: Callable[[], Any],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of one shape, and a sentence on each contender that memory did not suffice for; `tick` is called for every run."""
     prompt, new, batch = shape
@@ -161,10 +168,10 @@ def take_turns(
             folder, config, is_twin = contenders[name]
             try:
                 if turn:
-                    done = pools[name].submit(generation.request, turn, prompt, new, ready[name]["batch"])
+                    done = pools[name].submit(generation.request, seed + turn, prompt, new, ready[name]["batch"])
                     turns[name].append(done.result())
                 else:
-                    done = pools[name].submit(generation.prepare, folder, config if is_twin else None, *shape, memory)
+                    done = pools[name].submit(generation.prepare, folder, config if is_twin else None, *shape, memory, seed)
                     ready[name] = done.result()
                     for note in ready[name]["notes"]:
                         say(f"{name}: {note}")
@@ -222,7 +229,7 @@ def beside_twin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     }  # fmt: skip
     shown = []
     for row, after in zip(rows, [*rows[1:], {"model": None}]):
-        twin = after if after["model"] == row["model"] + TWIN else None
+        twin = after if after["model"] == row["model"] + TWIN and shape_of(after) == shape_of(row) else None
         line = row | {"model": short_name(row["model"])}
         for short, (field, unit, style) in fields.items():
             value = row[field]
@@ -234,6 +241,10 @@ def beside_twin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line["shown_batch"] = f"{row['batch']}" + (f" of {row['asked_batch']}" if row["batch"] != row["asked_batch"] else "")
         shown.append(line)
     return shown
+
+
+def shape_of(row: dict[str, Any]) -> tuple[int, int, Batch]:
+    return row["prompt"], row["new"], FIT if row.get("fit_memory_bytes") else row["batch"]
 
 
 def short_name(name: str) -> str:

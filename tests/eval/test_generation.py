@@ -1,6 +1,17 @@
+from itertools import pairwise
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+)
 
 from eval import generation
 from eval.generation import FIT, fit, generate, mark, memory_errors, prepare, request, seconds_between
@@ -25,6 +36,30 @@ def linear(fixed, each, cache=1, limit=10**9):
         return (fixed + each * batch if isinstance(each, int) else fixed + each(batch)), cache
 
     return run, asked
+
+
+def test_no_batch_far_beyond_what_ran_is_tried():
+    """Of two sequences nothing shows but their cache; of the next ones much."""
+    run, asked = linear(100, lambda batch: 0 if batch <= 2 else 1000 * batch)
+    best, most, notes = fit(10**6, run)
+    assert 900 <= best <= 999 and most <= 8 * best and not notes
+    assert all(later <= 8 * earlier for earlier, later in pairwise(asked))
+    assert fit(1000, linear(100, 0, cache=0)[0])[0] >= 900  # no cache, and nothing more is held
+
+
+def test_between_what_runs_and_what_does_not():
+    run, asked = linear(700, lambda batch: 20 * batch**2)
+    best, _, _ = fit(6700, run)
+    assert 700 + 20 * best**2 <= 6700 < 700 + 20 * (1.1 * best + 1) ** 2
+    assert len(asked) <= 8
+
+
+def test_the_last_note_tells_what_was_taken():
+    for memory in range(1000, 3000, 50):
+        run, asked = linear(0, lambda batch: 30 * batch + batch**2)
+        best, _, notes = fit(memory, run)
+        if asked[-1] > best:  # the one before the last was taken
+            assert notes[-1].endswith(f"going on with {best}")
 
 
 @pytest.mark.parametrize("memory", [1100, 1199])
@@ -85,7 +120,7 @@ def test_a_batch_that_fits_of_a_model(tiny_model, tmp_path, monkeypatch):
     """The requests by which it is found end where the real one does."""
     asked = []
 
-    def watched(prompt, new, batch, before):
+    def watched(seed, prompt, new, batch, before):
         asked.append((prompt, new, batch))
         return 100 + 100 * batch, 50
 
@@ -131,6 +166,37 @@ def test_stock_models_keep_their_own_cache(tmp_path):
     shape = {"hidden_size": 16, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
     mamba = Mamba2ForCausalLM(Mamba2Config(**SMALL, **shape, num_hidden_layers=1)).eval()
     assert generate(mamba, 1, 9, 3, 2)["cache_bytes"] >= 4 * 2 * (4 * 8 * 4)
+
+
+def test_a_token_behind_a_cache_is_not_the_first():
+    """Bamba counts positions from 0 where none are given."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    mamba = {
+        "num_hidden_layers": 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 4,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
+    }
+    config = BambaConfig(**SMALL, **shape, **mamba, attn_layer_indices=[1], initializer_range=0.5)
+    model, read = BambaForCausalLM(config).eval(), []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    generate(model, 3, 11, 8, 2)
+    hook.remove()
+    written = read[0].clone()
+    for _ in read[1:]:
+        written = torch.cat([written, model(input_ids=written, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.cat(read, dim=1).equal(written)
+
+
+def test_a_seed_draws_the_twin(tiny_config):
+    drawn = []
+    for seed in (3, 3, 4):
+        prepare("", transformer_twin(tiny_config()), 3, 1, 1, None, seed)
+        drawn.append(generation._model.lm_head.weight.detach())
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
 
 
 def test_positions_that_end(tmp_path):

@@ -75,6 +75,10 @@ def test_medians_and_the_table():
     assert shown[0]["shown_batch"] == "3 of 5"
     assert shown[1]["peak"] == "8.0" and shown[1]["model"].strip() == "its twin"
     assert shown[2]["peak"] == "2.0" and shown[2]["model"] == "…/the/model/of/a/run"
+    shown = beside_twin([row, twin | {"prompt": 11}, twin | {"model": "b" + TWIN}])  # each one's own twin was out of memory
+    assert [line["peak"] for line in shown] == ["2.0", "8.0", "8.0"]
+    fits = {"fit_memory_bytes": 1e9}
+    assert beside_twin([row | fits, twin | fits | {"batch": 2}])[0]["peak"] == "2.0 (0.25x)"
     wide = row | {
         "prefill_tokens_per_second": 98765.4, "decode_tokens_per_second": 12345.6, "total_tokens_per_second": 98765.4,
         "peak_memory_bytes": 70e9, "cache_bytes": 9e9, "prompt": 65536, "new": 1024, "batch": 128, "asked_batch": 128,
@@ -89,6 +93,8 @@ class Pool:
 
     asked: list[tuple] = []
 
+    seeds: list[int] = []
+
     def submit(self, work, *arguments):
         self.work, self.arguments = work.__name__, arguments
         return self
@@ -98,7 +104,8 @@ class Pool:
 
     def result(self):
         if self.work == "prepare":
-            folder, twin, prompt, *_ = self.arguments
+            folder, twin, prompt, *_, seed = self.arguments
+            Pool.seeds.append(seed)
             self.name = folder.rpartition("/")[2] + "+twin" * (twin is not None)
             if self.name == "large" and prompt > 9:
                 raise MemoryError("none is left")
@@ -107,12 +114,14 @@ class Pool:
         Pool.asked.append((self.work, self.name))
         if self.work == "prepare":
             return READY | {"notes": ["a batch of 9 ran out of memory; going on with 3"]}
+        Pool.seeds.append(self.arguments[0])
         return {"first": 1.0, "total": 2.0, "steps": [0.5], "cache_bytes": 5}
 
 
 @pytest.fixture
 def pools(monkeypatch):
     monkeypatch.setattr(Pool, "asked", [])
+    monkeypatch.setattr(Pool, "seeds", [])
     monkeypatch.setattr(throughput, "worker", contextmanager(lambda module: (yield Pool())))
     return Pool.asked
 
@@ -127,6 +136,15 @@ def test_all_models_take_turns(pools, command, tiny_model, tmp_path):
     assert [row["model"] for row in json.loads(out)] == [
         f"{tmp_path / 'a'}", f"{tmp_path / 'a'}{TWIN}", f"{tmp_path / 'b'}", f"{tmp_path / 'b'}{TWIN}",
     ]  # fmt: skip
+
+
+def test_a_seed_draws_the_tokens(pools, command, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "a")
+    arguments = ["throughput", "--model", tmp_path / "a", "--no-twin", "--repeats", 2, "--json", tmp_path / "rows.json"]
+    assert command(*arguments, "--seed", 7, "--batch", "1")[0] == 0
+    assert Pool.seeds == [7, 8, 9]  # every turn other ones
+    status, _, err = command(*arguments, "--gpus", 2)
+    assert (status, "--gpus is for the estimate of --gpu" in err) == (2, True)
 
 
 def test_only_a_hybrid_has_a_twin(pools, command, tiny_model, tmp_path):
