@@ -105,11 +105,12 @@ def run_watched(seed: int, prompt: int, new: int, batch: int, before: int) -> tu
 
 
 def fit(memory: float, run: Callable[[int], tuple[int, int]]) -> tuple[int, int, list[str]]:
-    """The largest batch that runs within `memory` bytes, to a tenth; the largest that was tried; and what went wrong meanwhile.
+    """The largest batch that runs within `memory` bytes, to a fifth; the largest that was tried; and what went wrong meanwhile.
 
     From the bytes of one sequence and of a batch follows what each more takes, at least its cache, and so the batch to try next,
-    from two on, but never more than GROWTH times what has run: of a few sequences little may show. Between a batch that runs and
-    one that takes too much the next is at most in the middle. After one that cannot run at all half of it, until one can.
+    from two on, but never more than GROWTH times what has run: of a few sequences little may show. Of a batch that runs and one
+    that takes too much the middle bounds the next: from below after what takes too much, else from above. After one that
+    cannot run at all half of it, until one can.
 
     Args:
         run: gives of a batch the most bytes held and those of the cache.
@@ -140,6 +141,8 @@ def fit(memory: float, run: Callable[[int], tuple[int, int]]) -> tuple[int, int,
             following = min(following, GROWTH * best, math.sqrt(best * too_many))
         else:
             too_many = batch
+            if not starved:
+                following = max(following, math.sqrt(best * too_many))
         batch = int(min(following, too_many - 1))
         if trouble:
             notes.append(f"a batch of {too_many} {trouble}; going on with {batch if is_worth_a_try(batch, best) else best}")

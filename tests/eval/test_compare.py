@@ -163,6 +163,25 @@ def test_small_differences_are_shown(results):
     assert row["verdict"] == "A better" and float(row["effect"]) == pytest.approx(-0.000325, abs=1e-6)
 
 
+def test_a_verdict_waits_for_the_correction(results):
+    tasks = lambda x: [task(name, [x] * 6 + [0]) for name in ("one", "two")]  # noqa: E731
+    rows = compare("a", "b", results([{"model": "a", "tasks": tasks(1)}, {"model": "b", "tasks": tasks(0)}]))["rows"]
+    assert [(row["p"], row["p_holm"]) for row in rows] == [(2 / 2**6, 4 / 2**6)] * 2
+    assert {row["verdict"] for row in rows} == {"no difference shown"}
+
+
+def test_what_the_task_says_is_better(results):
+    tasks = lambda x: [task("t", [x] * 8, "loss_of_hair") | {"higher_is_better": True}]  # noqa: E731
+    (row,) = compare("a", "b", results([{"model": "a", "tasks": tasks(1)}, {"model": "b", "tasks": tasks(0)}]))["rows"]
+    assert row["verdict"] == "A better"
+
+
+def test_as_many_questions_are_not_the_same_ones(results):
+    a, b = ({"model": name, "tasks": [task("t", {str(i): 1 for i in numbers})]} for name, numbers in (("a", "012"), ("b", "123")))
+    (row,) = compare("a", "b", results(a, b))["rows"]
+    assert row["verdict"] == "not tested" and "same questions" in row["test"]
+
+
 def test_versions_of_a_task_are_not_mixed(results):
     a, b = ({"model": name, "tasks": [task("arc", [x] * 9) | {"version": v}]} for name, x, v in (("a", 1, 1), ("b", 0, 2)))
     (row,) = compare("a", "b", results(a, b))["rows"]

@@ -52,6 +52,8 @@ def test_between_what_runs_and_what_does_not():
     best, _, _ = fit(6700, run)
     assert 700 + 20 * best**2 <= 6700 < 700 + 20 * (1.1 * best + 1) ** 2
     assert len(asked) <= 8
+    run, asked = linear(0, lambda batch: batch**3)  # from what ran each time far too many would follow
+    assert fit(40**3, run)[0] >= 36 and len(asked) <= 10
 
 
 def test_the_last_note_tells_what_was_taken():
