@@ -99,7 +99,7 @@ class Harness(HFLM):
     ) -> list[Answer]:
         """Called by all that lm_eval scores. Requests that read the same go together."""
         self._check(requests)
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._read_once(request), []).append(i)
         score = self._score if self.ours else self._score_stock
@@ -128,10 +128,10 @@ class Harness(HFLM):
         _, context, continuation = request
         return (context + continuation)[-(self.max_length + 1) : -len(continuation)], continuation
 
-    def _read_once(self, request: Request) -> tuple[int, ...]:
-        """What all requests of a group begin with: to a model of ours the context, if that is worth it; to others all."""
+    def _read_once(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the requests of a group share: to a model of ours the context, if that is worth it; to others all that is read."""
         context, continuation = self._split(request)
-        return tuple(context if self.ours and len(context) > 1 else context + continuation[:-1])
+        return tuple(context), () if self.ours and len(context) > 1 else tuple(continuation[:-1])
 
     def _score_stock(self, groups: list[list[Request]]) -> list[Answer]:
         return super()._loglikelihood_tokens([request for group in groups for request in group], disable_tqdm=True)

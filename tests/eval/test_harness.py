@@ -121,6 +121,14 @@ def test_the_context_of_several_answers_is_read_once(harness):
     assert read == [(1, 9), (1, 6), (1, 3)]  # the longest first: what does not fit into memory is known at once
 
 
+def test_contexts_of_different_lengths_are_told_apart(harness):
+    """What one reads before its last token may be another's context."""
+    asked = [(None, [97], [98, 99]), (None, [97, 98], [100])]
+    found = harness()._loglikelihood_tokens(asked)
+    alone = [answer for one in asked for answer in harness()._loglikelihood_tokens([one])]
+    assert same(found, alone)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_little_memory_halves_the_batch(harness, smoke, kind, capsys):
     requests = smoke(5)[kind]
