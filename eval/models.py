@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlm import HybridLMForCausalLM
-from hybridlm.checkpoint import check_folder, check_shards, load_tokenizer
+from hybridlm.checkpoint import check_folder, check_shards, load_tokenizer, weight_faults
 from hybridlm.ops.cross_entropy import IGNORE
 
 OURS = ("hybridlm", "nemotron_h")  # model types that this library opens; transformers opens the others
@@ -50,14 +51,23 @@ def is_ours(name: str) -> bool:
 
 
 def open_stock(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """
+    Raises:
+        ValueError: transformers cannot open it, or would put random numbers where its files have no weights that fit.
+    """
     path = Path(name).expanduser()
     check_shards(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path if path.exists() else name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path if path.exists() else name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{name} cannot be opened by transformers: {error}") from None
+    model, info = loaded
+    if faults := weight_faults(info | {"unexpected_keys": []}):  # old checkpoints have some that nobody reads
+        raise ValueError(f"the weights of {name} do not fit its config.json; {'; '.join(faults)}.")
+    return model
 
 
 @torch.no_grad()

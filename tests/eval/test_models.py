@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -29,6 +30,19 @@ def test_weights_that_are_no_safetensors_are_refused(stock_folder):
     model, _ = open_model(str(stock_folder))
     (stock_folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), stock_folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be opened by transformers"):
+        open_model(str(stock_folder))
+
+
+def test_weights_that_do_not_fit_are_refused_not_drawn_at_random(stock_folder):
+    file = stock_folder / "model.safetensors"
+    weights, whole, gone, other = load_file(file), file.read_bytes(), "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {"rotary.inv_freq": torch.zeros(2)}, file, metadata={"format": "pt"})
+    assert open_model(str(stock_folder))[0].model.norm.weight.equal(weights[gone])
+    save_file({k: v[:2] if k == other else v.clone() for k, v in weights.items() if k != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit its config\.json; missing: {gone}; of another shape: .*{other}"):
+        open_model(str(stock_folder))
+    file.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match="cannot be opened by transformers"):
         open_model(str(stock_folder))
 
