@@ -16,10 +16,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.journal import Journal
-from eval.models import broken_part, check_vocabulary, in_batches
+from eval.models import Finite, broken_part, check_vocabulary, in_batches
 from hybridlm import HybridLMForCausalLM
 from hybridlm.cache import HybridCache
 
@@ -105,9 +105,10 @@ class Harness(HFLM):
         score = self._score if self.ours else self._score_stock
         answers = self._in_batches(score, [[requests[i] for i in group] for group in groups.values()])
         answer_of = dict(zip(chain.from_iterable(groups.values()), answers))
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, request in enumerate(requests):
             if not math.isfinite(answer_of[i][0]):
-                ids = torch.tensor([context + continuation], device=self.device)
+                context, continuation = self._split(request)
+                ids = torch.tensor([context + continuation[:-1]], device=self.device)
                 raise FloatingPointError(
                     f"{self.name} gives a log-likelihood that is no finite number ({answer_of[i][0]}): "
                     f"{broken_part(self.model, ids)}."
@@ -191,18 +192,6 @@ class Harness(HFLM):
         check_vocabulary(int(context.max()), self.model, self.name)
         watch = LogitsProcessorList([Finite(self.model, self.name)])
         return super()._model_generate(context, max_length, stop, logits_processor=watch, **kwargs)
-
-
-class Finite(LogitsProcessor):
-    """Generation goes on with NaN as if it were a number; this does not."""
-
-    def __init__(self, model: PreTrainedModel, name: str):
-        self.model, self.name = model, name
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.isnan().any():
-            raise FloatingPointError(f"{self.name} writes with logits that are no numbers: {broken_part(self.model, input_ids)}.")
-        return scores
 
 
 def digest(kind: str, arguments: list) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.journal import Journal, identity
-from eval.models import check_vocabulary, in_batches, open_model
+from eval.models import Finite, check_vocabulary, in_batches, open_model
 from eval.output import cell
 from eval.synthetic import TASKS, Question, fit, questions, training_texts
 from hybridlm.arguments import check_names
@@ -51,7 +51,7 @@ def evaluate(
 
     Raises:
         ValueError: a folder without a model or tokenizer; a task that there is not, or that a length does not fit.
-        MemoryError: memory does not suffice for one question.
+        FloatingPointError: logits that are no numbers. MemoryError: memory does not suffice for one question.
     """
     check_names("task", tasks, TASKS)
     quiet()
@@ -107,7 +107,7 @@ def ask(
 
     Raises:
         ValueError: a token id past the model's vocabulary, or a prompt longer than the model's position embedding.
-        MemoryError: memory does not suffice for one question.
+        FloatingPointError: logits that are no numbers. MemoryError: memory does not suffice for one question.
     """
     prompts = tokenize([question.prompt for question in asked], tokenizer)
     check_vocabulary(max(max(ids) for ids in prompts), model, name)
@@ -117,7 +117,7 @@ def ask(
         groups[len(ids), len(answer)].append(i)
     outcomes = [0.0] * len(asked)
     for (length, new), numbers in groups.items():
-        run = partial(write, model, tokenizer, prompts, new + BEYOND)
+        run = partial(write, model, tokenizer, prompts, new + BEYOND, name)
         try:
             for batch, texts in in_batches(run, numbers, batch_size):
                 for i, text in zip(batch, texts):
@@ -129,11 +129,16 @@ def ask(
 
 
 @torch.inference_mode()
-def write(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new: int, batch: list[int]) -> list[str]:
+def write(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new: int, name: str, batch: list[int]
+) -> list[str]:
     """What follows these prompts, all of one length."""
     ids = torch.tensor([prompts[i] for i in batch], device=model.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=pad, **GREEDY)
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=pad,
+        logits_processor=LogitsProcessorList([Finite(model, name)]), **GREEDY,
+    )  # fmt: skip
     return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.checkpoint import check_folder, check_shards, load_tokenizer, weight_faults
@@ -72,21 +72,27 @@ def open_stock(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def stock_nll(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
-    """Nats (b t) in fp32 of each target (0 where it is `IGNORE`), as transformers' model gives them.
+    """Nats (b t) in fp32 of each target (0 where it is `IGNORE`), as transformers' model gives them."""
+    nats = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    for part, logits in logits_in_pieces(model, ids):
+        nats[:, part] = cross_entropy(logits.float().mT, targets[:, part], ignore_index=IGNORE, reduction="none")
+    return nats
+
+
+def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Stretches of `ids` (b t), and the model's logits (b t' v) there.
 
     The body runs once over all of `ids`. Then the model is called for a few positions at a time with the body's output in place
     of the body, so that whatever it does with its logits (scaling, capping) is done, and all logits never exist at once.
     """
     body = model.get_decoder()
     read = body(input_ids=ids, use_cache=False, return_dict=True)
-    nats = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     for start in range(0, ids.shape[1], LOGITS_AT_A_TIME):
         part = slice(start, start + LOGITS_AT_A_TIME)
         shown = type(read)(**read | {"last_hidden_state": read.last_hidden_state[:, part]})
         with patch.object(body, "forward", lambda *a, shown=shown, **k: shown):
-            logits = model(input_ids=ids[:, part], use_cache=False).logits.float()
-        nats[:, part] = cross_entropy(logits.mT, targets[:, part], ignore_index=IGNORE, reduction="none")
-    return nats
+            logits = model(input_ids=ids[:, part], use_cache=False).logits
+        yield part, logits
 
 
 def in_batches(run: Callable[[list[Item]], Result], items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], Result]]:
@@ -153,8 +159,21 @@ def broken_part(model: PreTrainedModel, ids: Tensor) -> str:
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        model(input_ids=ids, use_cache=False)
+        for _ in logits_in_pieces(model, ids):
+            pass
     finally:
         for hook in hooks:
             hook.remove()
     return f"the first output that is not finite is that of {found[0]}" if found else "its layers' outputs are finite"
+
+
+class Finite(LogitsProcessor):
+    """Generation goes on with NaN as if it were a number; this does not."""
+
+    def __init__(self, model: PreTrainedModel, name: str):
+        self.model, self.name = model, name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise FloatingPointError(f"{self.name} writes with logits that are no numbers: {broken_part(self.model, input_ids)}.")
+        return scores

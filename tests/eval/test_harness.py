@@ -6,11 +6,13 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install '.[eval]'")
 from lm_eval.models.huggingface import HFLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.accuracy import load, prepare
 from eval.harness import Harness
 from eval.journal import Journal
 from eval.models import open_model
+from hybridlm.tokenizer import byte_tokenizer
 
 
 def request(*args):
@@ -152,6 +154,15 @@ def test_no_number_names_the_layer(harness, smoke, kind):
     lm = harness(weights=lambda model: torch.nn.init.constant_(model.backbone.layers[2].mixer.out_proj.weight, torch.nan))
     with pytest.raises(FloatingPointError, match=r"tiny .*: its weight backbone\.layers\.2\.mixer\.out_proj\.weight has numbers"):
         getattr(lm, kind)(smoke(1)[kind])
+
+
+def test_no_number_behind_a_context_that_is_cut_off_names_the_layer(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=8, n_layer=1, n_head=1, n_positions=16)).eval()
+    torch.nn.init.constant_(model.transformer.h[0].mlp.c_proj.weight, 3e38)
+    lm = Harness(model, byte_tokenizer(), "tiny")
+    with pytest.raises(FloatingPointError, match=r"that is not finite is that of transformer\."):
+        lm.loglikelihood([request("a" * 40, "b")])
 
 
 @pytest.mark.parametrize("kind", KINDS)

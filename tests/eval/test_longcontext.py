@@ -86,6 +86,15 @@ def test_what_is_written_is_what_the_model_finds_likeliest(model_folder):
     assert len(likeliest) > 0
 
 
+def test_no_number_names_the_layer(longcontext, tiny_model, model_folder):
+    folder, model = model_folder(), tiny_model(vocab_size=258)
+    torch.nn.init.constant_(model.backbone.layers[2].mixer.out_proj.weight, torch.nan)
+    model.save_pretrained(folder)
+    status, out, err = longcontext("--model", folder, "--tasks", "mqar", "--lengths", 120, "--questions", 1)
+    assert (status, out) == (1, "")
+    assert "writes with logits that are no numbers: its weight backbone.layers.2.mixer.out_proj.weight has" in err
+
+
 def test_a_stopped_command_goes_on(longcontext, model_folder, tmp_path, monkeypatch):
     folder, path = model_folder(), tmp_path / "a.json"
     arguments = ("--model", folder, "--tasks", "mqar", "--lengths", "120", "--depths", "0,1", "--questions", 1, "--json", path)

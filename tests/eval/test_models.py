@@ -107,6 +107,14 @@ def test_what_is_broken_is_named(model_folder, monkeypatch):
     model, _ = open_model(str(model_folder()))
     ids = torch.zeros(1, 4, dtype=torch.long)
     assert broken_part(model, ids) == "its layers' outputs are finite"
+    monkeypatch.setattr(models, "LOGITS_AT_A_TIME", 3)
+    at_once = []
+    model.lm_head.register_forward_hook(lambda head, args, logits: at_once.append(logits.shape[1]))
+    kept = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(torch.full_like(kept, 3e38))
+    assert broken_part(model, ids) == "the first output that is not finite is that of lm_head"
+    model.lm_head.weight = kept
+    assert at_once == [3, 1]  # all logits of a long text would not fit into memory
     mixer = model.backbone.layers[2].mixer
     forward = mixer.forward
     monkeypatch.setattr(mixer, "forward", lambda *a, **k: (forward(*a, **k)[0] * torch.inf, None))
