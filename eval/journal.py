@@ -7,6 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+SUFFIX = ".partial.jsonl"
+
 
 class Journal:
     """One line of `FILE.partial.jsonl` for each result, written as soon as it is there; without a file nothing is kept.
@@ -21,7 +23,7 @@ class Journal:
 
     def __init__(self, path: str | None, command: dict[str, Any]):
         self.results: dict[str, Any] = {}
-        self.file = None if path in (None, "-") else Path(f"{path}.partial.jsonl")
+        self.file = None if path in (None, "-") else Path(f"{path}{SUFFIX}")
         self.head = {"command": json.loads(json.dumps(command))}
         if self.file is not None and self.file.exists():
             self._read()
@@ -56,10 +58,13 @@ class Journal:
 
 
 def identity(name: str) -> str:
-    """Changes when the files of a model folder do: by their names, sizes and times. Of a name on the hub, the name."""
+    """Changes when the files of a model folder do: by their names, sizes and times. Of a name on the hub, the name.
+
+    Results are no part of a model, and may lie beside it.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
-    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file() and not path.name.endswith(SUFFIX))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return sha256(json.dumps(facts).encode()).hexdigest()[:16]
