@@ -76,6 +76,7 @@ def evaluate(
                 asking.update(number)
                 figures = accuracy(outcomes) | facts[key] | {"outcomes": outcomes}
                 rows.append({"model": folder, "task": task, "length": length, "depth": depth, **figures})
+            del model, ask_these  # before the next one is opened
     return rows
 
 

@@ -134,9 +134,10 @@ def check_vocabulary(largest: int, model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: the model has no token `largest`.
     """
-    if largest >= model.config.vocab_size:
+    size = model.config.get_text_config().vocab_size
+    if largest >= size:
         raise ValueError(
-            f"the tokenizer of {name} gives token id {largest}, but the model's vocabulary has {model.config.vocab_size} "
+            f"the tokenizer of {name} gives token id {largest}, but the model's vocabulary has {size} "
             "(vocab_size). Put the tokenizer beside the model that it was trained with."
         )
 

@@ -68,6 +68,7 @@ def evaluate(
             model, tokenizer, texts, window, stride=stride, carry=carry, batch_size=batch_size, seed=seed, name=folder,
             journal=journal,
         )  # fmt: skip
+        del model  # before the next one is opened
         rows.append({"model": folder, **figures, **settings, "text_sha256": facts["text"]})
     return rows
 
@@ -132,7 +133,8 @@ def measure(
     every = list(windows(ids, window, stride))
     if not every:
         raise ValueError("there is nothing to score: no document has two tokens.")
-    longest, most = max(len(w.ids) - 1 for w in every), getattr(model.config, "max_position_embeddings", math.inf)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest, most = max(len(w.ids) - 1 for w in every), limit or math.inf
     if not ours and longest > most:
         raise ValueError(f"{name} reads at most {most} tokens (max_position_embeddings), not {longest}; take --window {most}.")
     before = [0] * len(every)  # tokens of the document that came before the window and were carried into it
@@ -155,10 +157,17 @@ def measure(
         for group in groups:
 
             def compute(group: range = group) -> list[list[float]]:
+                nonlocal batch_size
                 cache = HybridCache(model.config.num_hidden_layers) if carry else None
                 run = partial(window_nats, score, model, every, before, bins, cache, name)
-                parts = [nats for _, nats in progress(run, group, 1 if carry else batch_size, bar, counts)]
-                return np.concatenate(parts).tolist()
+                left = sorted(group, key=lambda i: -len(every[i].ids))  # the longest, so that little is filled up
+                found = np.zeros((len(group), bins))
+                for batch, nats in in_batches(run, left, 1 if carry else batch_size):
+                    found[np.array(batch) - group.start] = nats
+                    bar.update(int(counts[batch].sum()))
+                    if batch[-1] != left[-1]:
+                        batch_size = len(batch)  # no more have gone into memory
+                return found.tolist()
 
             key = f"{name} {group.start}-{group.stop}"
             if key in journal.results:
@@ -167,12 +176,6 @@ def measure(
     if (mean := sums.sum() / counts.sum()) > 700:
         raise FloatingPointError(f"{name} gives a loss of {mean:.4g} nats per token; its weights or the data are broken.")
     return figures(every, sums, counts, n_bytes, seed) | {"dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def progress(run: Callable, group: range, size: int, bar: tqdm, counts: np.ndarray):
-    for batch, nats in in_batches(run, group, size):
-        bar.update(int(counts[batch].sum()))
-        yield batch, nats
 
 
 def context_bins(window: Window, before: int) -> np.ndarray:

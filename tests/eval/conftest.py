@@ -1,6 +1,8 @@
 """A folder with a model and a tokenizer, and a run directory as `python -m train` writes it."""
 
+import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -59,6 +61,26 @@ def fake_run(model_folder, text_folder, tmp_path):
 def command(run_main):
     """Runs `python -m eval …` in this process; gives its exit status, stdout and stderr."""
     return partial(run_main, main)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Call it with a module: as many numbers as it opens models come up, each of models that were there still."""
+
+    def watch(module):
+        models, alive, real = [], [], module.open_model
+
+        def open_model(*arguments):
+            gc.collect()
+            alive.append(sum(model() is not None for model in models))
+            found = real(*arguments)
+            models.append(weakref.ref(found[0]))
+            return found
+
+        monkeypatch.setattr(module, "open_model", open_model)
+        return alive
+
+    return watch
 
 
 @pytest.fixture

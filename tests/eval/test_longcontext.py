@@ -3,7 +3,9 @@ from random import Random
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
+import eval.longcontext
 from eval.longcontext import accuracy, ask
 from eval.models import open_model
 from eval.synthetic import TASKS, Question, exact
@@ -22,7 +24,7 @@ class Parrot(torch.nn.Module):
     """Answers with what stands behind the last word's first occurrence, and notes the shapes that it was asked in."""
 
     device = torch.device("cpu")
-    config = type("Config", (), {"vocab_size": 258})
+    config = PreTrainedConfig(vocab_size=258)
 
     def __init__(self):
         super().__init__()
@@ -53,7 +55,8 @@ def test_accuracy_has_the_binomial_error():
     assert figures == {"accuracy": 0.5, "stderr": pytest.approx((0.5 * 0.5 / 4) ** 0.5)}
 
 
-def test_rows_of_ours_and_of_a_stock_model(longcontext, model_folder, stock_folder, tmp_path):
+def test_rows_of_ours_and_of_a_stock_model(longcontext, opened, model_folder, stock_folder, tmp_path):
+    alive = opened(eval.longcontext)
     ours, path, plot = model_folder(), tmp_path / "a.json", tmp_path / "a.png"
     status, out, err = longcontext(
         "--model", ours, stock_folder, "--tasks", "mqar,copying", "--lengths", "120,200", "--depths", "0,1", "--questions", 2,
@@ -70,6 +73,7 @@ def test_rows_of_ours_and_of_a_stock_model(longcontext, model_folder, stock_fold
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "a.md").read_text().splitlines()) == 2 + len(rows)
     assert "mqar" in out
+    assert alive == [0, 0]  # one at a time is in memory
 
 
 @torch.no_grad()

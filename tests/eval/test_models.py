@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -5,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval import models
-from eval.models import broken_part, in_batches, is_ours, open_model, stock_nll
+from eval.models import broken_part, check_vocabulary, in_batches, is_ours, open_model, stock_nll
 from hybridlm import HybridLMForCausalLM
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.tokenizer import byte_tokenizer
@@ -65,6 +67,13 @@ def test_the_loss_of_a_stock_model_in_pieces_is_that_of_all_its_logits(stock_fol
     torch.testing.assert_close(stock_nll(model, ids, targets), want, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         assert model(input_ids=ids).logits.shape == (2, 20, 258)  # it is left as it was
+
+
+def test_a_vocabulary_among_the_settings_of_the_text():
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=9))  # as of models that see pictures, too
+    check_vocabulary(8, SimpleNamespace(config=config), "m")
+    with pytest.raises(ValueError, match=r"token id 9, but the model's vocabulary has 9 \(vocab_size\)"):
+        check_vocabulary(9, SimpleNamespace(config=config), "m")
 
 
 def refusing(most, error):

@@ -176,6 +176,14 @@ def test_a_stopped_command_goes_on_where_it_was(command, evaluate, model_folder,
     assert not (tmp_path / "out.json.partial.jsonl").exists()
 
 
+def test_documents_of_like_lengths_are_read_together(evaluate, model_folder, text_folder, monkeypatch):
+    real, shapes = perplexity.nll, []
+    monkeypatch.setattr(perplexity, "nll", lambda model, ids, targets: shapes.append(ids.shape) or real(model, ids, targets))
+    evaluate(model_folder(), text_folder, "--window", "document", "--batch", 2)
+    lengths = sorted((len(path.read_bytes()) - 1 for path in text_folder.iterdir()), reverse=True)
+    assert shapes == [(2, lengths[0]), (2, lengths[2])]  # one of the five has nothing to predict
+
+
 def test_where_memory_does_not_suffice_the_batch_is_halved(evaluate, model_folder, text_folder, monkeypatch):
     folder = model_folder()
     whole = evaluate(folder, text_folder, "--window", 16, "--batch", 8)
@@ -187,10 +195,12 @@ def test_where_memory_does_not_suffice_the_batch_is_halved(evaluate, model_folde
         return real(model, ids, targets)
 
     monkeypatch.setattr(perplexity, "nll", small)
+    monkeypatch.setattr(perplexity, "AT_A_TIME", 1)
     status, out, err = evaluate.command("perplexity", "--model", folder, "--data", text_folder, "--window", 16, "--json", "-")
     assert status == 0
     assert json.loads(out)["nats_per_token"] == pytest.approx(whole["nats_per_token"], abs=1e-5)
     assert "going on with 4 at a time" in err and "going on with 2 at a time" in err
+    assert err.count("going on with") == 2  # by the windows that the journal keeps next, too
 
 
 def test_one_window_that_memory_does_not_suffice_for_ends_with_what_is_saved(
@@ -279,7 +289,8 @@ def test_the_validation_split_is_taken_where_there_is_one(evaluate, model_folder
     assert row["bytes"] == len(open_source(Source("stdlib"), "validation")[0].encode()) - 1
 
 
-def test_several_models_give_a_list_and_a_table(command, model_folder, text_folder, tmp_path):
+def test_several_models_give_a_list_and_a_table(command, opened, model_folder, text_folder, tmp_path):
+    alive = opened(perplexity)
     a, b = model_folder("a"), model_folder("b")
     out = tmp_path / "rows.json"
     status, table, _ = command("perplexity", "--model", a, b, "--data", text_folder, "--json", out)
@@ -289,6 +300,7 @@ def test_several_models_give_a_list_and_a_table(command, model_folder, text_fold
     assert rows[0] == rows[1] | {"model": str(a)}
     assert len(table.splitlines()) == 3
     assert "bits/byte" in table.splitlines()[0]
+    assert alive == [0, 0]  # one at a time is in memory
 
 
 def test_a_folder_without_a_model(command, text_folder):
