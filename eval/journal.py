@@ -18,7 +18,7 @@ class Journal:
         command: what the results depend on (JSON): results of other settings are not taken for these.
 
     Raises:
-        ValueError: the file has results of a command with other settings.
+        ValueError: the file has results of a command with other settings, or is none of ours.
     """
 
     def __init__(self, path: str | None, command: dict[str, Any]):
@@ -31,13 +31,16 @@ class Journal:
     def _read(self) -> None:
         assert self.file is not None
         text = self.file.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            self.results = {line["key"]: line["value"] for line in lines[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file} has no results that can be read ({error!r}); delete the file.") from None
         if lines and lines[0] != self.head:
             raise ValueError(
                 f"{self.file} has the results so far of a command with other settings. Finish that one, give another --json, or "
                 "delete the file."
             )
-        self.results = {line["key"]: line["value"] for line in lines[1:]}
         whole = text[: text.rfind("\n") + 1]  # the last line may be half written
         if whole != text:
             os.truncate(self.file, len(whole.encode()))

@@ -19,6 +19,7 @@ from hybridlm.ops.cross_entropy import IGNORE
 
 OURS = ("hybridlm", "nemotron_h")  # model types that this library opens; transformers opens the others
 LOGITS_AT_A_TIME = 1024  # positions of a stock model whose logits exist together
+REFUSALS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch.OutOfMemoryError is not all of them
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -126,7 +127,7 @@ def in_batches(run: Callable[[list[Item]], Result], items: Sequence[Item], size:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the CPU's allocator refused."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in REFUSALS)
 
 
 def check_vocabulary(largest: int, model: PreTrainedModel, name: str) -> None:

@@ -52,6 +52,15 @@ def test_results_of_other_settings_are_refused(tmp_path):
         Journal(str(tmp_path / "a.json"), {"window": 9})
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", '{"key": 1}'])
+def test_a_file_of_another_kind_is_named(tmp_path, line):
+    Journal(str(tmp_path / "a.json"), {}).keep("x", 1)
+    with (tmp_path / "a.json.partial.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=r"a\.json\.partial\.jsonl has no results that can be read .*; delete the file"):
+        Journal(str(tmp_path / "a.json"), {})
+
+
 @pytest.mark.parametrize("path", [None, "-"])
 def test_without_a_file_nothing_is_written(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)

@@ -327,6 +327,17 @@ def test_weights_that_give_no_number(command, tiny_model, text_folder, model_fol
     assert "its weight lm_head.weight has numbers that are not finite" in err
 
 
+def test_a_loss_that_no_perplexity_can_tell(command, tiny_model, text_folder, model_folder):
+    folder = model_folder()
+    model = tiny_model(vocab_size=258)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4
+    model.save_pretrained(folder)
+    status, _, err = command("perplexity", "--model", folder, "--data", text_folder)
+    assert status == 1
+    assert "nats per token; its weights or the data are broken." in err
+
+
 def test_nothing_to_predict(command, model_folder, tmp_path):
     (tmp_path / "a.txt").write_text("x")
     status, _, err = command("perplexity", "--model", model_folder(), "--data", tmp_path / "a.txt")
