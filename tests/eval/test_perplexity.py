@@ -140,8 +140,10 @@ def test_the_standard_error_is_a_bootstrap_over_documents(evaluate, model_folder
 
 
 def test_of_one_document_the_windows_are_drawn(evaluate, model_folder, tmp_path):
-    (tmp_path / "a.txt").write_text("one document of several windows, " * 9)
-    row = evaluate(model_folder(), tmp_path / "a.txt", "--window", 16)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("one document of several windows, " * 9)
+    (tmp_path / "text" / "b.txt").write_text("x")  # nothing of it is predicted
+    row = evaluate(model_folder(), tmp_path / "text", "--window", 16)
     assert row["stderr_of"] == "windows" and row["documents"] == 1
     assert row["stderr"] > 0
 
@@ -247,6 +249,7 @@ def test_strides_that_fit_no_window(command, model_folder, text_folder, argument
 
 def test_a_stock_model_reads_no_more_than_its_positions(command, stock_folder, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 600)
+    assert command("perplexity", "--model", stock_folder, "--data", tmp_path / "a.txt", "--window", 512)[0] == 0
     status, _, err = command("perplexity", "--model", stock_folder, "--data", tmp_path / "a.txt")
     assert status == 2
     assert "reads at most 512 tokens (max_position_embeddings), not 599; take --window 512." in err
