@@ -113,10 +113,10 @@ def open_harness(folder: str, batch_size: int, journal: Journal) -> "Harness":
 
 
 def with_shots(names: Iterable[str], shots: int | None) -> dict[str, int | None]:
-    """{task: shots}, presets taken apart, each task once; None for as many as the task says."""
+    """{task: shots}, presets taken apart, each task once, with a preset's shots; None for as many as the task says."""
     wanted: dict[str, int | None] = {}
     for name in names:
-        wanted.update(PRESETS.get(name, {name: None}))
+        wanted |= PRESETS.get(name, {name: wanted.get(name)})
     return wanted if shots is None else dict.fromkeys(wanted, shots)
 
 

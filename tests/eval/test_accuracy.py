@@ -101,6 +101,12 @@ def test_limit_and_shots(ask, yaml):
     assert row["shots"] == 3
 
 
+@pytest.mark.parametrize("names", [["smoke", "smoke_choice"], ["smoke_choice", "smoke"]])
+def test_shots_of_a_preset_hold_for_a_task_that_is_named_as_well(names):
+    assert accuracy.with_shots(names, None) == accuracy.PRESETS["smoke"]
+    assert set(accuracy.with_shots(names, 1).values()) == {1}
+
+
 def test_the_seed_draws_the_examples():
     def context(seed):
         (task,) = accuracy.load({"smoke_choice": 2}, False)["smoke_choice"]["tasks"].values()
