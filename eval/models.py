@@ -46,9 +46,9 @@ def is_ours(name: str) -> bool:
     check_folder(name)
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)
-    except OSError as error:
+        return config.get("model_type") in OURS
+    except (OSError, AttributeError) as error:  # what config.json has may be no object
         raise ValueError(f"{name} is no checkpoint: {error}") from None
-    return config.get("model_type") in OURS
 
 
 def open_stock(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -154,7 +154,7 @@ def broken_part(model: PreTrainedModel, ids: Tensor) -> str:
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 found.append(name)
 
         return hook

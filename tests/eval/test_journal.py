@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -76,6 +77,11 @@ def test_the_identity_of_a_folder_changes_with_its_files(tmp_path):
     before = identity(str(tmp_path / "m"))
     Journal(str(tmp_path / "m" / "figures.json"), {}).keep("x", 1)
     assert identity(str(tmp_path / "link")) == before
+    os.utime(tmp_path / "m" / "weights", (1, 1))
+    rewritten = identity(str(tmp_path / "m"))
+    assert rewritten != before
     (tmp_path / "m" / "weights").write_text("123")
+    os.utime(tmp_path / "m" / "weights", (1, 1))
+    assert identity(str(tmp_path / "m")) != rewritten
     assert identity(str(tmp_path / "m")) != before
     assert identity("name/hub") == "name/hub"

@@ -1,9 +1,10 @@
 import json
+import os
 from random import Random
 
 import pytest
 import torch
-from transformers import PreTrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 import eval.longcontext
 from eval.longcontext import accuracy, ask
@@ -48,6 +49,19 @@ def test_answers_are_scored_in_the_order_of_the_questions():
     assert ask(model, byte_tokenizer(), asked, exact, 8, "parrot") == [1, 0, 1]
     assert sorted(model.shapes) == [(1, 9), (2, 11)]
     assert ask(model, byte_tokenizer(), asked, exact, 1, "parrot") == [1, 0, 1]
+
+
+def test_an_answer_that_goes_on_is_wrong():
+    asked = [Question("a 11 b 113 b", "11", 1, 2), Question("a 11 b 113 a", "11", 0, 2)]
+    assert ask(Parrot(), byte_tokenizer(), asked, exact, 8, "parrot") == [0, 1]
+
+
+def test_a_prompt_behind_the_last_position(longcontext, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=8, n_layer=1, n_head=1, n_positions=64)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    status, _, err = longcontext("--model", tmp_path, "--tasks", "mqar", "--lengths", 120, "--questions", 1)
+    assert status == 2
+    assert "has no positions for a prompt of 1" in err and "(its limit: 64)" in err
 
 
 def test_accuracy_has_the_binomial_error():
@@ -101,6 +115,7 @@ def test_no_number_names_the_layer(longcontext, tiny_model, model_folder):
 
 def test_a_stopped_command_goes_on(longcontext, model_folder, tmp_path, monkeypatch):
     folder, path = model_folder(), tmp_path / "a.json"
+    kept = (folder / "model.safetensors").stat().st_mtime_ns
     arguments = ("--model", folder, "--tasks", "mqar", "--lengths", "120", "--depths", "0,1", "--questions", 1, "--json", path)
     asked = []
 
@@ -115,6 +130,10 @@ def test_a_stopped_command_goes_on(longcontext, model_folder, tmp_path, monkeypa
     assert status == 1
     assert "goes on from there" in err
     monkeypatch.setattr("eval.longcontext.ask", lambda *a: [0.0])
+    (folder / "model.safetensors").touch()
+    status, _, err = longcontext(*arguments)
+    assert (status, "of a command with other settings" in err) == (2, True)  # the model may be another
+    os.utime(folder / "model.safetensors", ns=(kept, kept))
     assert longcontext(*arguments)[0] == 0
     assert [row["accuracy"] for row in json.loads(path.read_text())] == [1.0, 0.0]
 

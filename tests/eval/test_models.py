@@ -28,6 +28,12 @@ def test_a_model_type_that_nobody_knows(tmp_path):
         open_model(str(tmp_path))
 
 
+def test_a_configuration_that_is_no_object(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        open_model(str(tmp_path))
+
+
 def test_weights_that_are_no_safetensors_are_refused(stock_folder):
     model, _ = open_model(str(stock_folder))
     (stock_folder / "model.safetensors").unlink()
@@ -105,6 +111,12 @@ def test_a_batch_that_is_too_large_is_halved_and_said_so(error, capsys):
     assert [result for _, result in found] == [1, 5, 9, 13, 17]
     assert calls == [8, 4, 2, 2, 2, 2, 2]
     assert "not enough memory for a batch of 8: going on with 4 at a time" in capsys.readouterr().err
+
+
+def test_half_of_what_was_too_much_comes_next_though_more_was_asked_for():
+    run, calls = refusing(1, MemoryError())
+    assert [result for _, result in in_batches(run, range(3), 100)] == [0, 1, 2]
+    assert calls == [3, 1, 1, 1]
 
 
 def test_other_errors_and_a_single_item_that_is_too_large_are_raised():
