@@ -158,6 +158,17 @@ def test_code_is_run_when_asked_for(command, model_folder, ask, yaml):
     assert ask(task, "--limit", 2, "--run-code")[0]["questions"] == 2
 
 
+def test_a_group_with_a_task_that_runs_code_is_refused(command, model_folder, tmp_path, monkeypatch):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(accuracy.SMOKE, tasks)
+    (tasks / "unsafe.yaml").write_text("include: choice.yaml\ntask: smoke_unsafe\nunsafe_code: true\n")
+    (tasks / "group.yaml").write_text("group: both\ntask: [smoke_choice, smoke_unsafe]\n")
+    monkeypatch.setattr(accuracy, "SMOKE", tasks)
+    status, _, err = command("accuracy", "--model", model_folder(), "--tasks", "both", "--limit", 1)
+    assert status == 2
+    assert "error: both executes what the model writes" in err
+
+
 def test_a_file_that_is_no_task(command, model_folder, yaml):
     status, _, err = command("accuracy", "--model", model_folder(), "--tasks", yaml("output_type: guess"))
     assert status == 2

@@ -178,6 +178,21 @@ def test_a_stopped_command_goes_on_where_it_was(command, evaluate, model_folder,
     assert not (tmp_path / "out.json.partial.jsonl").exists()
 
 
+@pytest.mark.parametrize("changed", ["model/model.safetensors", "text/0.txt"])
+def test_results_of_another_model_or_text_are_not_taken(command, model_folder, text_folder, tmp_path, monkeypatch, changed):
+    def stops(*args, journal, **given):
+        journal.keep("some", [])
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(perplexity, "measure", stops)
+    run = ["perplexity", "--model", model_folder(), "--data", text_folder, "--json", tmp_path / "out.json"]
+    assert [command(*run)[0] for _ in range(2)] == [1, 1]
+    with (tmp_path / changed).open("a") as file:
+        file.write("!")
+    status, _, err = command(*run)
+    assert (status, "of a command with other settings" in err) == (2, True)
+
+
 def test_documents_of_like_lengths_are_read_together(evaluate, model_folder, text_folder, monkeypatch):
     real, shapes = perplexity.nll, []
     monkeypatch.setattr(perplexity, "nll", lambda model, ids, targets: shapes.append(ids.shape) or real(model, ids, targets))

@@ -129,8 +129,10 @@ def test_a_validation_that_is_stopped_gives_nothing_and_scores_no_further(two_so
 
     monkeypatch.setattr("train.validation.nll", nll)
     asked = iter(answers)
-    assert validation_loss(Accelerator(cpu=True), build_model(config), sources, config, lambda: next(asked)) is None
+    model = build_model(config).train()
+    assert validation_loss(Accelerator(cpu=True), model, sources, config, lambda: next(asked)) is None
     assert scored == [1] * (len(answers) - 1)
+    assert model.training
 
 
 @pytest.mark.parametrize(("ranks", "sharding", "wanted"), [(2, "none", 5), (2, "fsdp2", 5), (3, "fsdp2", 2)])
