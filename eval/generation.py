@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.contenders import cache_bytes
-from eval.models import is_ours, is_out_of_memory, open_stock
+from eval.models import broken_part, is_ours, is_out_of_memory, logits_in_pieces, open_stock
 from eval.workers import peak_memory, resident
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.output import quiet
 
 FIT: Literal["fit"] = "fit"
 Batch = int | Literal["fit"]
+TRIED = 64  # tokens that show whether a model gives numbers at all
 FINE = 1.1  # no larger batch is looked for where less than this times as much is expected
 GROWTH = 8  # times as many sequences as ran are tried at most
 CACHES = ("past_key_values", "cache_params")  # what transformers' models call theirs
@@ -43,6 +44,7 @@ def prepare(
 
     Raises:
         ValueError: no model there, or it cannot read so many tokens. MemoryError: memory does not suffice.
+        FloatingPointError: logits that are no numbers: such a model takes its time like another.
     """
     global _model
     quiet()
@@ -63,6 +65,9 @@ def prepare(
             peak, _ = run_watched(seed, prompt, new, int(used), before)
         except IndexError:
             raise ValueError(f"{folder} cannot read {prompt:,} tokens and write {new:,}: its positions end before.") from None
+        ids = torch.arange(min(prompt, TRIED)).remainder(_model.config.get_text_config().vocab_size)[None].to(device)
+        if not all(logits.isfinite().all() for _, logits in logits_in_pieces(_model, ids)):
+            raise FloatingPointError(f"{folder} gives logits that are no finite numbers: {broken_part(_model, ids)}.")
     return {
         "batch": used, "asked_batch": asked, "notes": notes, "peak_memory_bytes": peak, "weight_bytes": weights,
         "device": device.type, "dtype": str(dtype).removeprefix("torch."),

@@ -134,7 +134,13 @@ def estimate(config: HybridLMConfig, prompt: int, new: int, batch: int | None, a
 
 
 def largest_batch(config: HybridLMConfig, context: int, assumed: Assumptions) -> int:
-    """Sequences of `context` tokens whose cache has room beside the weights; 0 where there is none for one."""
+    """Sequences of `context` tokens whose cache has room beside the weights; 0 where there is none for one.
+
+    Raises:
+        ValueError: a model that keeps nothing between tokens, so that any number has room.
+    """
+    if not set(config.hybrid_override_pattern) & set("M*"):
+        raise ValueError(f"{config.hybrid_override_pattern} keeps nothing between tokens: there is no largest batch.")
     room = GPUS[assumed.gpu].size * assumed.gpus * (1 - assumed.free) - weight_bytes(config)[assumed.precision]
     return max(0, int(room // cache_bytes(config, context, VALUE_BYTES[assumed.cache_precision])))
 

@@ -223,3 +223,14 @@ def test_without_a_cache_nothing_is_timed(tiny_model):
 def test_moments_of_the_cpu_are_seconds():
     start = mark(torch.device("cpu"))
     assert 0 <= seconds_between(start, mark(torch.device("cpu"))) < 60
+
+
+def test_a_model_that_gives_no_numbers_is_not_timed(tiny_model, monkeypatch):
+    def broken(*args):
+        model = tiny_model()
+        torch.nn.init.constant_(model.backbone.layers[3].mixer.o_proj.weight, torch.inf)
+        return model
+
+    monkeypatch.setattr(generation, "load", broken)
+    with pytest.raises(FloatingPointError, match=r"weight backbone\.layers\.\d\.mixer\.\w+\.weight has numbers that are not"):
+        prepare("here", None, 3, 2, 1, None)

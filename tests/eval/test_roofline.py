@@ -157,3 +157,8 @@ def test_the_table_of_the_docs_is_the_commands(command):
     of = {name: prefill_flops(published(name), 65_536) for name in ("Nemotron-H-56B", "Nemotron-H-47B")}
     ratio = of["Nemotron-H-56B"] / of["Nemotron-H-47B"]
     assert re.search(rf"{ratio:.2f} times the arithmetic", text)
+
+
+def test_a_model_without_a_cache_has_no_largest_batch(tiny_config):
+    with pytest.raises(ValueError, match="---- keeps nothing between tokens"):
+        largest_batch(tiny_config(hybrid_override_pattern="----"), 10, H100)
