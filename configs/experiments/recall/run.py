@@ -49,26 +49,26 @@ class Recipe:
     """
     Attributes:
         lr, init: learning rate and initializer_range: of a few that were tried, those with which it learned soonest.
-        phases: shares of the training at which other texts begin; lengths: how long the texts of each phase are. In texts of two
-            pairs attention finds out soonest how to look something up; Mamba-2 learns to get by without in these.
+        phases: shares of the training at which other texts begin; kinds: which of the experiment's are those of each phase. In
+            texts of two pairs attention finds out soonest how to look something up; Mamba-2 learns to get by without in these.
     """
 
     pattern: str
     lr: float
     init: float
     phases: tuple[float, ...]
-    lengths: tuple[int, ...]
+    kinds: tuple[int, ...]
 
-    def share(self, length: int) -> float:
-        """Of the training, in texts of this length."""
+    def share(self, kind: int) -> float:
+        """Of the training, in texts of this kind."""
         ends = (*self.phases, 1.0)
-        return sum(end - start for start, end, n in zip((0.0, *self.phases), ends, self.lengths) if n == length)
+        return sum(end - start for start, end, k in zip((0.0, *self.phases), ends, self.kinds) if k == kind)
 
 
 MODELS = {
-    "hybrid": Recipe("M-*-", 5e-3, 0.08, (0.35, 0.5, 0.65), (16, 32, 64, 128)),
-    "Mamba-2": Recipe("M-M-", 1e-2, 0.05, (0.65,), (64, 128)),
-    "Transformer": Recipe("*-*-", 3e-3, 0.08, (0.6, 0.75, 0.85), (16, 32, 64, 128)),
+    "hybrid": Recipe("M-*-", 5e-3, 0.08, (0.35, 0.5, 0.65), (0, 1, 2, 3)),
+    "Mamba-2": Recipe("M-M-", 1e-2, 0.05, (0.65,), (2, 3)),
+    "Transformer": Recipe("*-*-", 3e-3, 0.08, (0.6, 0.75, 0.85), (0, 1, 2, 3)),
 }
 # A state of 4 rows for each channel: so small that what it cannot hold shows at few pairs; with 16, thirty pairs are no trouble.
 # With biases in attention a head can look one token back whatever stands there.
@@ -93,6 +93,7 @@ class Experiment:
         texts: what is trained on. The length of the last ones is a multiple of each.
         pairs: what is asked.
         steps, batch: of a training; a sequence is as long as the last texts. seeds: trainings of each model.
+        models: how each is trained.
     """
 
     task: Task
@@ -101,6 +102,7 @@ class Experiment:
     steps: int
     batch: int
     seeds: int
+    models: dict[str, Recipe]
 
     @property
     def length(self) -> int:
@@ -114,7 +116,8 @@ EXPERIMENTS = {
         pairs=(2, 4, 8, 16, 30),
         steps=1500,
         batch=8,
-        seeds=1,
+        seeds=3,
+        models=MODELS,
     ),
     "phonebook": Experiment(
         task=replace(
@@ -123,11 +126,12 @@ EXPERIMENTS = {
             smallest=2,
             largest=POOL,
         ),
-        texts=(Texts(16, (2,)), Texts(32, (2, 3, 4)), Texts(64, (4, 8)), Texts(128, (4, 8, 16))),
+        texts=(Texts(12, (2,)), Texts(24, (2, 3)), Texts(48, (4, 8)), Texts(96, (4, 8, 16))),
         pairs=(2, 4, 8, 16),
-        steps=1500,
-        batch=8,
+        steps=2000,
+        batch=11,
         seeds=1,
+        models=MODELS | {"Mamba-2": replace(MODELS["Mamba-2"], phases=(0.3, 0.6), kinds=(1, 2, 3))},
     ),
 }
 
@@ -146,7 +150,7 @@ def config(pattern: str, vocab_size: int) -> dict[str, Any]:
 
 def run_config(out: Path, name: str, model: str, seed: int, vocab_size: int) -> dict[str, Any]:
     """What `python -m train` is given."""
-    e, recipe = EXPERIMENTS[name], MODELS[model]
+    e, recipe = EXPERIMENTS[name], EXPERIMENTS[name].models[model]
     return {
         "run_dir": str(out / name / f"{model.lower()}-{seed}"),
         "seed": seed,
@@ -155,10 +159,10 @@ def run_config(out: Path, name: str, model: str, seed: int, vocab_size: int) -> 
             "blend": [
                 {
                     "source": str(out / name / f"{t.length}.jsonl"),
-                    "weight": [float(length == t.length) for length in recipe.lengths],
+                    "weight": [float(k == kind) for k in recipe.kinds],
                 }
-                for t in e.texts
-                if t.length in recipe.lengths
+                for kind, t in enumerate(e.texts)
+                if kind in recipe.kinds
             ],
             "phases": list(recipe.phases),
             "val_fraction": 0.1,
@@ -183,8 +187,8 @@ def write_texts(out: Path, name: str) -> None:
         return
     tokenizer = word_tokenizer(training_texts(name, e.task, [e.task.largest], len, 10**5, 30, 1))
     count = partial(most_tokens, [tokenizer])
-    for t in e.texts:
-        share = max(recipe.share(t.length) for recipe in MODELS.values())
+    for kind, t in enumerate(e.texts):
+        share = max(recipe.share(kind) for recipe in e.models.values())
         number = math.ceil(share * e.steps * e.batch * e.length / t.length / 0.9)  # a tenth is held out
         texts = training_texts(name, e.task, t.sizes, count, t.length - 1, number, 0)
         bar = tqdm(texts, desc=f"{name}: {t.length} tokens", total=number, unit=" texts")
@@ -194,10 +198,11 @@ def write_texts(out: Path, name: str) -> None:
 
 
 def word_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerBase:
-    """The words of `texts`, with the space before them, and numbers of two digits: nothing else, so that the model is small."""
+    """The words of `texts`, with the space before and the colon after them, and numbers of two digits: nothing else, so that the
+    model is small."""
     backend = Tokenizer(models.WordLevel(unk_token=END))
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\d{1,2}| ?[^\s\p{L}\d]|\s+"), "isolated"),
+        pre_tokenizers.Split(Regex(r" ?\p{L}+:?| ?\d{1,2}| ?[^\s\p{L}\d]|\s+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     backend.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=[END, PAD], show_progress=False))
@@ -304,16 +309,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(tasks), 3.2), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         pairs = sorted({row["pairs"] for row in rows if row["task"] == task})
-        for model, colour, marker in zip(MODELS, ("#0072b2", "#d55e00", "#8a9099"), "os^"):
+        for model, colour, marker, size in zip(MODELS, ("#0072b2", "#d55e00", "#5b616b"), "os^", (10, 6, 5)):
             means, errors = zip(*(found[task, model, n] for n in pairs))
-            axes.errorbar(
-                pairs, means, errors, color=colour, marker=marker, capsize=3, label=f"{model} ({MODELS[model].pattern})"
-            )
+            label = f"{model} ({MODELS[model].pattern})"
+            axes.errorbar(pairs, means, errors, color=colour, marker=marker, ms=size, capsize=3, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(pairs, [str(n) for n in pairs])
         axes.set(title=task, xlabel="pairs in the text", ylabel="accuracy", ylim=(-0.03, 1.05))
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(MODELS))
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
 
