@@ -19,7 +19,7 @@ PACKAGES = {  # module: (package, what it is for, what installs it)
     "mamba_ssm": ("mamba-ssm", "fused operators", f"{BUILD} 'mamba-ssm>=2.2'"),
     "triton": ("triton", "fused operators", "pip install triton"),
     "torchao": ("torchao", "train.precision fp8", "pip install 'torchao>=0.13'"),
-    "lm_eval": ("lm-eval", "standard benchmarks", "pip install 'lm-eval>=0.4.9'"),
+    "lm_eval": ("lm-eval", "standard benchmarks", "pip install 'lm-eval>=0.4.12'"),
 }
 NEEDED = ("torch", "transformers")
 # mamba-ssm imports its CUDA part at once. A build without it (MAMBA_SKIP_CUDA_BUILD) has all that Mamba-2 needs but that module.

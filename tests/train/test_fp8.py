@@ -42,19 +42,19 @@ def lines(config, key="loss"):
 
 
 def test_a_run_in_fp8_learns_like_one_in_bf16_and_leaves_a_plain_model(fp8_config, tmp_path, capsys):
-    config = fp8_config(train__steps=24)
+    config = fp8_config(train__steps=24, optim__lr=3e-3)  # at 1e-2 rounding alone moves the losses by 5%
     train(config)
     assert (
         "\nfp8         emulated, 8 of 17 linear layers; in bf16: first and last two layers (8), head (1)\n"
         in capsys.readouterr().out
     )
-    bf16 = fp8_config(train__steps=24, train__precision="bf16", run_dir=str(tmp_path / "bf16"))
+    bf16 = fp8_config(train__steps=24, optim__lr=3e-3, train__precision="bf16", run_dir=str(tmp_path / "bf16"))
     train(bf16)
     assert "fp8  " not in capsys.readouterr().out
     ours, theirs = ([line["loss"] for line in lines(c)] for c in (config, bf16))
     assert ours[-1] < ours[0] - 1.5
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3) and ours[0] != theirs[0]
-    assert sum(ours[-10:]) == pytest.approx(sum(theirs[-10:]), rel=0.03)
+    assert sum(ours[-10:]) == pytest.approx(sum(theirs[-10:]), rel=0.01)
     assert {"grad_norm/mamba", "dt/mean", "memory/median"} <= set(lines(config)[0])
     model = HybridLMForCausalLM.from_pretrained(Path(config.run_dir) / "model")
     assert model.dtype == torch.float32 and not any(isinstance(m, linear_class()) for m in model.modules())
