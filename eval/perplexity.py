@@ -137,21 +137,15 @@ def measure(
     longest, most = max(len(w.ids) - 1 for w in every), limit or math.inf
     if not ours and longest > most:
         raise ValueError(f"{name} reads at most {most} tokens (max_position_embeddings), not {longest}; take --window {most}.")
-    before = [0] * len(every)  # tokens of the document that came before the window and were carried into it
-    if carry:
-        for i in range(1, len(every)):
-            same = every[i].document == every[i - 1].document
-            before[i] = before[i - 1] + len(every[i - 1].ids) - 1 if same else 0
-    bins = max(b + len(w.ids) - 1 for b, w in zip(before, every)).bit_length()
+    contexts = [context_bins(one, carry) for one in every]
+    bins = max(int(found[-1]) for found in contexts) + 1
     score = partial(nll if ours else stock_nll, model)
     sums = np.zeros((len(every), bins))  # nats of each window by context: bin i has those of 2^i to 2^(i+1)-1 tokens before
-    counts = np.zeros((len(every), bins), dtype=np.int64)
-    for i, one in enumerate(every):
-        counts[i] = np.bincount(context_bins(one, before[i]), minlength=bins)
+    counts = np.stack([np.bincount(found, minlength=bins) for found in contexts])
     journal = journal or Journal(None, {})
     groups = [range(i, min(i + batch_size * AT_A_TIME, len(every))) for i in range(0, len(every), batch_size * AT_A_TIME)]
     if carry:  # a group is a document
-        starts = [i for i, b in enumerate(before) if b == 0] + [len(every)]
+        starts = [i for i, one in enumerate(every) if one.start == 0] + [len(every)]
         groups = [range(*pair) for pair in pairwise(starts)]
     with tqdm(total=int(counts.sum()), desc=f"scoring {name}", unit=" tokens", unit_scale=True) as bar:
         for group in groups:
@@ -159,7 +153,7 @@ def measure(
             def compute(group: range = group) -> list[list[float]]:
                 nonlocal batch_size
                 cache = HybridCache(model.config.num_hidden_layers) if carry else None
-                run = partial(window_nats, score, model, every, before, bins, cache, name)
+                run = partial(window_nats, score, model, every, contexts, bins, cache, name)
                 left = sorted(group, key=lambda i: -len(every[i].ids))  # the longest, so that little is filled up
                 found = np.zeros((len(group), bins))
                 for batch, nats in in_batches(run, left, 1 if carry else batch_size):
@@ -178,9 +172,9 @@ def measure(
     return figures(every, sums, counts, n_bytes, seed) | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def context_bins(window: Window, before: int) -> np.ndarray:
-    """Of each prediction that counts, floor(log2 of the tokens that it is made from)."""
-    context = before + np.arange(1, len(window.ids))[window.skip :]
+def context_bins(window: Window, carry: bool) -> np.ndarray:
+    """Of each prediction that counts, floor(log2 of the tokens that it is made from); `carry`: those before the window, too."""
+    context = carry * window.start + np.arange(1, len(window.ids))[window.skip :]
     return np.frexp(context.astype(np.float64))[1] - 1
 
 
@@ -188,7 +182,7 @@ def window_nats(
     score: Callable,
     model: PreTrainedModel,
     every: list[Window],
-    before: list[int],
+    contexts: list[np.ndarray],
     bins: int,
     cache: Any,
     name: str,
@@ -207,8 +201,7 @@ def window_nats(
             f"{name} gives a loss that is no finite number ({nats[~np.isfinite(nats)][0]}): {broken_part(model, ids)}."
         )
     rows = [
-        np.bincount(context_bins(w, before[i]), weights=row[w.skip : len(w.ids) - 1], minlength=bins)
-        for i, w, row in zip(batch, chosen, nats)
+        np.bincount(contexts[i], weights=row[w.skip : len(w.ids) - 1], minlength=bins) for i, w, row in zip(batch, chosen, nats)
     ]
     return np.stack(rows)
 

@@ -18,11 +18,13 @@ class Window(NamedTuple):
     Attributes:
         ids: its tokens, one more than its predictions.
         document: the number of the document.
+        start: tokens of the document before the window.
         skip: predictions at its beginning that an earlier window made already.
     """
 
     ids: np.ndarray
     document: int
+    start: int
     skip: int
 
 
@@ -40,7 +42,7 @@ def windows(documents: Iterable[np.ndarray], size: int | None, stride: int | Non
         length = size or max(last, 1)
         for start in range(0, last, stride or length):
             end = min(start + length, last)
-            yield Window(ids[start : end + 1], document, made - start)
+            yield Window(ids[start : end + 1], document, start, made - start)
             made = end
             if made == last:
                 break

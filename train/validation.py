@@ -60,7 +60,7 @@ def validation_loss(
         source = np.searchsorted(upto, numbers, side="right")
         windows = [every[s][n - upto[s]] for s, n in zip(source, numbers, strict=True)]  # counted from the source's end
         ids = [sources[s].read(np.arange(*window)) for s, window in zip(source, windows, strict=True)]
-        inputs, targets = batch_arrays([Window(tokens, document=0, skip=0) for tokens in ids])
+        inputs, targets = batch_arrays([Window(tokens, document=0, start=0, skip=0) for tokens in ids])
         with accelerator.autocast():
             nats = nll(model, inputs.to(accelerator.device), targets.to(accelerator.device)).double().sum(-1).cpu().numpy()
         np.add.at(sums, source, counts * np.stack([nats, [len(tokens) - 1 for tokens in ids]], axis=-1))
