@@ -59,20 +59,18 @@ def picture(chart: Chart) -> str:
 def html_table(table: Table) -> str:
     words = {name for name in table.columns if not any(isinstance(raw(row.get(name)), (int, float)) for row in table.rows)}
     head = "".join(f"<th{' class=text' * (name in words)}>{escape(heading)}</th>" for name, heading in table.columns.items())
-    body = "".join(f"<tr>{''.join(html_cell(table, row, name) for name in table.columns)}</tr>\n" for row in table.rows)
+    body = "".join(
+        f"<tr>{''.join(html_cell(row.get(name), (i, name) in table.best) for name in table.columns)}</tr>\n"
+        for i, row in enumerate(table.rows)
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def html_cell(table: Table, row: dict[str, Any], name: str) -> str:
-    value = raw(row.get(name))
-    sorted_by, kind = "", ""
-    if isinstance(value, (int, float)):
-        sorted_by = f' data-value="{value}"'
-    elif value is not None:
-        kind = ' class="text"'
-    if table.marked(row, name):
-        kind = ' class="best"'
-    return f"<td{kind}{sorted_by}>{escape(text_of(row.get(name)))}</td>"
+def html_cell(content: Any, best: bool) -> str:
+    value = raw(content)
+    sorted_by = f' data-value="{value}"' if isinstance(value, (int, float)) else ""
+    kind = ' class="best"' if best else ' class="text"' if value is not None and not sorted_by else ""
+    return f"<td{kind}{sorted_by}>{escape(text_of(content))}</td>"
 
 
 def listing(content: Listing) -> str:
@@ -107,12 +105,12 @@ def markdown_block(content: Any) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    def cells(row: dict[str, Any]) -> list[str]:
+    def cells(i: int, row: dict[str, Any]) -> list[str]:
         texts = [plain(text_of(row.get(name))) for name in table.columns]
-        return [f"**{text}**" if table.marked(row, name) else text for name, text in zip(table.columns, texts)]
+        return [f"**{text}**" if (i, name) in table.best else text for name, text in zip(table.columns, texts)]
 
-    rows = [[plain(heading) for heading in table.columns.values()], ["---"] * len(table.columns), *map(cells, table.rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    head = [[plain(heading) for heading in table.columns.values()], ["---"] * len(table.columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in head + [cells(i, row) for i, row in enumerate(table.rows)])
 
 
 def plain(text: str) -> str:

@@ -1,7 +1,7 @@
 """What the report says, apart from how it looks: sections of tables, pictures and text, each there only where there is data."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,25 +31,11 @@ class Text:
 
 @dataclass
 class Table:
-    """Rows under the headings `columns` (field: heading). Of columns in `best` the best value is marked, by `max` or `min`."""
+    """Rows under the headings `columns` (field: heading). `best`: the cells that are set off, as (number of the row, field)."""
 
     columns: dict[str, str]
     rows: Rows
-    best: dict[str, Any] = field(default_factory=dict)
-    by_row: Any = None  # of each row the best value is marked instead, by this
-
-    def marked(self, row: dict[str, Any], name: str) -> bool:
-        if self.by_row is not None:
-            values, pick = [raw(value) for key, value in row.items() if key not in FIXED], row.get("pick", self.by_row)
-        elif name in self.best and len(self.rows) > 1:
-            values, pick = [raw(other.get(name)) for other in self.rows], self.best[name]
-        else:
-            return False
-        values = [value for value in values if isinstance(value, (int, float))]
-        return name not in FIXED and len(values) > 1 and raw(row.get(name)) == pick(values) and len(set(values)) > 1
-
-
-FIXED = ("task", "questions", "pick")  # columns of the accuracy table that are no model
+    best: set[tuple[int, str]] = field(default_factory=set)
 
 
 @dataclass
@@ -78,6 +64,19 @@ def raw(value: Any) -> Any:
 
 def text_of(value: Any) -> str:
     return value.text if isinstance(value, Shown) else cell(value)
+
+
+def leaders(rows: Rows, cells: Iterable[tuple[int, str]], pick: Callable) -> set[tuple[int, str]]:
+    """Those of the cells that have the best number, by `pick` (`max` or `min`); none among equals."""
+    values = {(i, name): raw(rows[i].get(name)) for i, name in cells}
+    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    if len(set(numbers.values())) < 2:
+        return set()
+    return {key for key, value in numbers.items() if value == pick(numbers.values())}
+
+
+def column_leaders(rows: Rows, picks: dict[str, Callable]) -> set[tuple[int, str]]:
+    return set().union(*(leaders(rows, [(i, name) for i in range(len(rows))], pick) for name, pick in picks.items()))
 
 
 def sections(content: dict[str, Any], runs: list[dict[str, Any]], results: Results) -> list[Section]:
@@ -119,7 +118,7 @@ BEST = dict.fromkeys(LESS, min) | dict.fromkeys((*MORE, "twin_ratio"), max)
 def side_by_side(content: dict[str, Any]) -> list[Any]:
     models = content["models"]
     columns = {name: heading for name, heading in SIDE_BY_SIDE.items() if any(row[name] is not None for row in models)}
-    blocks: list[Any] = [Table(columns, [shown(row) for row in models], BEST)]
+    blocks: list[Any] = [Table(columns, [shown(row) for row in models], column_leaders(models, BEST))]
     notes = [content[name] for name in ("quality_note", "shape_note") if content[name]]
     if notes:
         blocks.append(Text(" ".join(notes)))
@@ -182,7 +181,7 @@ def learning(content: dict[str, Any], runs: list[dict[str, Any]], results: Resul
             "stderr": "± stderr", "perplexity": "perplexity", "tokens": "tokens",
         }  # fmt: skip
         rows = [{name: row.get(name) for name in fields} | {"window": window_text(row)} for row in scored]
-        blocks.append(Table(fields, rows, {"bits_per_byte": min} if len(groups) == 1 else {}))
+        blocks.append(Table(fields, rows, column_leaders(rows, {"bits_per_byte": min}) if len(groups) == 1 else set()))
     return blocks
 
 
@@ -204,22 +203,27 @@ def accuracy(rows: Rows, order: Sequence[str]) -> list[Any]:
     """Tasks down, models across."""
     if not rows:
         return []
-    models = [label for label in order if any(row["label"] == label for row in rows)]
+    models = {f"of {label}": label for label in order if any(row["label"] == label for row in rows)}
     tasks: dict[tuple, dict[str, Any]] = {}
+    picks: dict[tuple, Callable] = {}
     for row in rows:
         shots = f"{row['shots']} shots" if row.get("shots") else None
         words = [row["task"], shots, row.get("metric"), row.get("filter") if row.get("filter") != "none" else None]
         fields = {"task": ", ".join(filter(None, words)), "questions": row.get("questions")}
-        pick = min if less_is_better(row) else max
-        line = tasks.setdefault(tuple(row.get(name) for name in KEYS["accuracy"]), fields | {"pick": pick})
+        key = tuple(row.get(name) for name in KEYS["accuracy"])
+        line = tasks.setdefault(key, fields)
+        picks[key] = min if less_is_better(row) else max
         error = row.get("stderr")
         if row["value"] is not None:
-            line[row["label"]] = Shown(f"{row['value']:.3f}" + ("" if error is None else f" ± {error:.3f}"), row["value"])
-    columns = {"task": "task"} | {label: label for label in models} | {"questions": "questions"}
+            text = f"{row['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+            line[f"of {row['label']}"] = Shown(text, row["value"])
+    lines = list(tasks.values())
+    best = set().union(*(leaders(lines, [(i, name) for name in models], pick) for i, pick in enumerate(picks.values())))
+    columns = {"task": "task"} | models | {"questions": "questions"}
     note = (
         "± is the standard error over a task's questions. The command eval compare tells which differences are more than chance."
     )
-    return [Table(columns, list(tasks.values()), by_row=max), Text(note)]
+    return [Table(columns, lines, best), Text(note)]
 
 
 def long_contexts(rows: Rows) -> list[Any]:
@@ -326,8 +330,8 @@ def configuration(runs: list[dict[str, Any]]) -> list[Any]:
     flat = {run["label"]: flatten(yaml.safe_load(run["config_text"])) for run in runs}
     every = dict.fromkeys(name for settings in flat.values() for name in settings)
     differing = [name for name in every if name != "run_dir" and len({str(settings.get(name)) for settings in flat.values()}) > 1]
-    lines = [{"setting": name} | {label: str(settings.get(name, "–")) for label, settings in flat.items()} for name in differing]
-    blocks: list[Any] = [Table({"setting": "what differs"} | {label: label for label in flat}, lines)] if lines else []
+    lines = [{"setting": name} | {f"of {label}": str(flat[label].get(name, "–")) for label in flat} for name in differing]
+    blocks: list[Any] = [Table({"setting": "what differs"} | {f"of {label}": label for label in flat}, lines)] if lines else []
     for label, settings in flat.items():
         parts = [("mark" if name in differing else "", f"{name}: {value}\n") for name, value in settings.items()]
         blocks.append(Listing(label, parts, fold=True))
