@@ -53,6 +53,7 @@ def matrices(config: HybridLMConfig) -> dict[str, list[tuple[int, int]]]:
         "M": [(c.mamba_inner_size + c.mamba_conv_size + c.mamba_num_heads, d), (d, c.mamba_inner_size)],
         "*": [(query, d), (key, d), (key, d), (d, query)],
         "-": [(c.intermediate_size, d), (d, c.intermediate_size)],
+        **{symbol: [(d, c.recurrent_state_size)] for symbol in "rlg"},  # the cell's are no linear layers
         "E": [*experts, (shared, d), (d, shared), *([] if latent is None else [(latent, d), (d, latent)])],
     }
 

@@ -41,8 +41,8 @@ class HybridLMConfig(PreTrainedConfig):
     The names are those of transformers' `NemotronHConfig`; what is ours stands at the end. The defaults are the 8B model.
 
     Args:
-        hybrid_override_pattern: one symbol a layer: `M` Mamba-2, `*` self-attention, `-` FFN, `E` mixture of experts. Its
-            length is the depth.
+        hybrid_override_pattern: one symbol a layer: `M` Mamba-2, `*` self-attention, `-` FFN, `E` mixture of experts; and of
+            the line that led here `r` Elman RNN, `l` LSTM, `g` GRU. Its length is the depth.
         vocab_size: rows of the embedding and of the head.
         hidden_size: width of the residual stream.
         intermediate_size: width of the FFN.
@@ -61,6 +61,8 @@ class HybridLMConfig(PreTrainedConfig):
             are then multiplied by.
         initializer_range: standard deviation of the weights at initialisation; with `rescale_prenorm_residual`, that of
             the projections into the residual stream is divided by the square root of the depth.
+        recurrent_size: width of the state of `r`, `l` and `g`; None: hidden_size. rnn_activation: of `r`, tanh or relu.
+        lstm_forget_bias: of `l` at initialisation: with 1, a state begins with keeping 73% of itself at each token.
         rope_theta: base of the rotary position embedding; None, as in Nemotron-H, for no position embedding.
 
     Raises:
@@ -118,6 +120,9 @@ class HybridLMConfig(PreTrainedConfig):
     hidden_dropout: float = 0.0
     rescale_prenorm_residual: bool = True
     rope_theta: float | None = None
+    recurrent_size: int | None = None
+    rnn_activation: str = "tanh"
+    lstm_forget_bias: float = 1.0
 
     def __post_init__(self, **kwargs):
         kwargs.pop("num_hidden_layers", None)  # the pattern's length
@@ -138,6 +143,11 @@ class HybridLMConfig(PreTrainedConfig):
     def mamba_conv_size(self) -> int:
         """Channels that pass the convolution: x, B and C."""
         return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def recurrent_state_size(self) -> int:
+        """Width of the state of the classical recurrences."""
+        return self.recurrent_size or self.hidden_size
 
     @property
     def is_nemotron_h(self) -> bool:
@@ -286,6 +296,13 @@ def _faults(c: HybridLMConfig) -> list[str]:
         faults.append(f"time_step_limit must be two rising numbers of at least 0; got {limit!r}.")
     if "E" in c.hybrid_override_pattern:
         faults += _moe_faults(c)
+    if not _is_size_or_none(c.recurrent_size):
+        faults.append(f"recurrent_size must be null or a whole number of at least 1 and below 2**31; got {c.recurrent_size!r}.")
+    if c.rnn_activation not in ("tanh", "relu"):
+        faults.append(f"rnn_activation must be tanh or relu; got {c.rnn_activation!r}.")
+    bias = c.lstm_forget_bias
+    if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
+        faults.append(f"lstm_forget_bias must be a finite number; got {bias!r}.")
     eos = c.eos_token_id
     if not isinstance(eos, (int, NoneType)) and not (isinstance(eos, list) and all(isinstance(x, int) for x in eos)):
         faults.append(f"eos_token_id must be a token id, a list of them or null; got {eos!r}.")
@@ -321,14 +338,17 @@ def _moe_faults(c: HybridLMConfig) -> list[str]:
             f"num_experts_per_tok must not exceed the {c.topk_group * of_group} experts of {c.topk_group} group(s); "
             f"got {c.num_experts_per_tok}."
         )
-    size = c.moe_latent_size
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31):
-        faults.append(f"moe_latent_size must be null or a whole number of at least 1 and below 2**31; got {size!r}.")
+    if not _is_size_or_none(c.moe_latent_size):
+        faults.append(f"moe_latent_size must be null or a whole number of at least 1 and below 2**31; got {c.moe_latent_size!r}.")
     if not _is_positive(c.routed_scaling_factor):
         faults.append(f"routed_scaling_factor must be a finite number above 0; got {c.routed_scaling_factor!r}.")
     if not isinstance(c.n_shared_experts, int) or c.n_shared_experts < 1:
         faults.append(f"n_shared_experts must be at least 1: no layer is without; got {c.n_shared_experts!r}.")
     return faults
+
+
+def _is_size_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31)
 
 
 def _is_positive(value: Any) -> bool:

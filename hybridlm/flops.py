@@ -7,6 +7,7 @@ taken at a fixed chunk of 128 whatever the machine runs, so that utilisation is 
 import copy
 
 from hybridlm.configuration import HybridLMConfig
+from hybridlm.pattern import SYMBOLS
 
 CHUNK = 128
 
@@ -20,9 +21,9 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
     c = config
     inner, conv, n = c.mamba_inner_size, c.mamba_conv_size, c.ssm_state_size
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    layers = {symbol: c.hybrid_override_pattern.count(symbol) for symbol in "M*-E"}
+    layers = {symbol: c.hybrid_override_pattern.count(symbol) for symbol in SYMBOLS}
     mamba, attention = layers["M"], layers["*"]
-    d, latent = c.hidden_size, c.moe_latent_size
+    d, latent, h = c.hidden_size, c.moe_latent_size, c.recurrent_state_size
     weights = {
         "M": d * (inner + conv + c.mamba_num_heads) + inner * d,
         "*": 2 * d * query + 2 * d * key,
@@ -31,6 +32,7 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
         + 2 * d * c.moe_shared_expert_intermediate_size
         + c.num_experts_per_tok * 2 * (latent or d) * c.moe_intermediate_size
         + (0 if latent is None else 2 * d * latent),
+        **{symbol: gates * h * (d + h) + h * d for symbol, gates in {"r": 1, "l": 4, "g": 3}.items()},
     }
     # C B^T per group, the masked product with x per head, the state's update and its read-out.
     ssd = c.n_groups * chunk * n + inner * chunk + 2 * inner * n

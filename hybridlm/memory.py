@@ -56,11 +56,13 @@ def weight_bytes(config: HybridLMConfig) -> dict[str, int]:
 
 def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> int:
     """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba-2 layer the
-    last inputs of the convolution, and a state that is fp32 whatever the rest is."""
+    last inputs of the convolution, and a state that is fp32 whatever the rest is, as those of the classical recurrences are."""
     c = config
     attention = 2 * c.num_key_value_heads * c.head_dim * context * value_bytes
     mamba = (c.conv_kernel - 1) * c.mamba_conv_size * value_bytes + c.mamba_inner_size * c.ssm_state_size * 4
-    return c.hybrid_override_pattern.count("*") * attention + c.hybrid_override_pattern.count("M") * mamba
+    h = 4 * c.recurrent_state_size
+    each = {"*": attention, "M": mamba, "r": h, "l": 2 * h, "g": h}
+    return sum(c.hybrid_override_pattern.count(symbol) * size for symbol, size in each.items())
 
 
 def longest_context(config: HybridLMConfig, memory: float) -> int | None:
@@ -82,10 +84,12 @@ def block_activations(config: HybridLMConfig, symbol: str, w: int, seq_len: int)
     """
     c = config
     d, inner, conv, h, n = c.hidden_size, c.mamba_inner_size, c.mamba_conv_size, c.mamba_num_heads, c.ssm_state_size
-    q, k = min(c.chunk_size, seq_len), c.num_experts_per_tok
+    q, k, r = min(c.chunk_size, seq_len), c.num_experts_per_tok, c.recurrent_state_size
     latent, narrow = c.moe_latent_size or d, w < 4
     query = c.head_dim * c.num_attention_heads
     of_kind = {
+        # Every h in fp32 and as the product has it; gates, c and its tanh. (oneDNN's LSTM, on CPUs, keeps twice as much.)
+        **{symbol: states * 4 * r + w * r + (4 - w) * d for symbol, states in {"r": 1, "l": 7, "g": 7}.items()},
         # in_proj and the convolution's result; y before and after its norm, and its scales; the states between chunks; dt with
         # its bias and after softplus.
         "M": w * (inner + conv + h + conv + 2 * inner) + 4 * c.n_groups + 4 * inner * n / q + 8 * h,
@@ -106,7 +110,13 @@ def block_work(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> flo
     c = config
     q, k = min(c.chunk_size, seq_len), c.num_experts_per_tok
     query = c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    d, r = c.hidden_size, 4 * c.recurrent_state_size
     of_kind = {
+        **{
+            "r": 12 * d + r,
+            "l": 5 * r,
+            "g": 4 * r,
+        },  # of Elman's, three times the gradient of its inputs; of the others, gates and h
         # All chunks at once: the decay of each pair of positions in float64 on its way to fp32; x, y and their gradients.
         "M": 12 * c.mamba_num_heads * q + 20 * c.mamba_inner_size + w * c.mamba_conv_size,
         "*": 3 * w * query,
@@ -124,15 +134,26 @@ def activation_bytes(config: HybridLMConfig, plan: Plan) -> float:
     return plan.tokens * (sum(each[symbol] for symbol in config.hybrid_override_pattern) + last)
 
 
-def group_bytes(config: HybridLMConfig, w: int) -> dict[str, int]:
-    """What the parameters of a layer of each kind take when they are gathered: matrices in `w` bytes, the rest in fp32."""
+def wide_parameters(config: HybridLMConfig) -> dict[str, int]:
+    """Parameters of a layer of each kind that are fp32 in any precision: all but the matrices of products."""
     c, kinds = config, parameters_by_kind(config)
     wide = {
         "M": c.mamba_conv_size * (c.conv_kernel + c.use_conv_bias) + 3 * c.mamba_num_heads + c.mamba_inner_size,
         "E": c.n_routed_experts * c.hidden_size,
+        # What recurs is computed in fp32: all but the projection behind it.
+        **{
+            symbol: kinds[symbol] - (c.recurrent_state_size + 1 + c.use_bias) * c.hidden_size
+            for symbol in "rlg"
+            if symbol in kinds
+        },
     }
-    rest = {symbol: wide.get(symbol, 0) + c.hidden_size for symbol in set(c.hybrid_override_pattern)}
-    return {symbol: w * (kinds[symbol] - rest[symbol]) + 4 * rest[symbol] for symbol in rest}
+    return {symbol: wide.get(symbol, 0) + c.hidden_size for symbol in set(c.hybrid_override_pattern)}
+
+
+def group_bytes(config: HybridLMConfig, w: int) -> dict[str, int]:
+    """What the parameters of a layer of each kind take when they are gathered: matrices in `w` bytes, the rest in fp32."""
+    kinds, wide = parameters_by_kind(config), wide_parameters(config)
+    return {symbol: w * (kinds[symbol] - rest) + 4 * rest for symbol, rest in wide.items()}
 
 
 def state_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
@@ -140,7 +161,8 @@ def state_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
     whole, autocast's copy of the layers' matrices, and the buckets in which DDP sums gradients."""
     total, sharded = count_parameters(config), plan.sharding == "fsdp2"
     share = total / plan.gpus if sharded else total
-    copied = 0 if sharded or plan.width == 4 else sum(map(group_bytes(config, 2).__getitem__, config.hybrid_override_pattern))
+    narrow = {symbol: parameters_by_kind(config)[symbol] - wide for symbol, wide in wide_parameters(config).items()}
+    copied = 0 if sharded or plan.width == 4 else 2 * sum(narrow[symbol] for symbol in config.hybrid_override_pattern)
     buckets = 0 if sharded or plan.gpus == 1 else 4 * total
     return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "copy": copied, "buckets": buckets}
 

@@ -1,6 +1,9 @@
 """The layer pattern: a string with one symbol a layer, read from the input to the output."""
 
-SYMBOLS = {"M": "Mamba-2", "*": "self-attention", "-": "FFN", "E": "mixture of experts"}
+SYMBOLS = {
+    **{"M": "Mamba-2", "*": "self-attention", "-": "FFN", "E": "mixture of experts"},
+    **{"r": "Elman RNN", "l": "LSTM", "g": "GRU"},
+}
 NEMOTRON_H_SYMBOLS = frozenset("M*-E")  # what a stock `nemotron_h` model can hold
 
 

@@ -96,6 +96,17 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
             dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        elif isinstance(module, nn.RNNCellBase):
+            # Glorot & Bengio 2010; orthogonal for each gate (Saxe et al. 2014), but the identity for ReLU (Le et al. 2015).
+            init.xavier_uniform_(module.weight_ih)
+            n, relu = module.hidden_size, isinstance(module, nn.RNNCell) and module.nonlinearity == "relu"
+            gates = [torch.empty(n, n) for _ in range(module.weight_hh.shape[0] // n)]
+            init.copy_(module.weight_hh, torch.cat([nn.init.eye_(w) if relu else nn.init.orthogonal_(w) for w in gates]))
+            bias = torch.zeros(module.bias_ih.shape)
+            if isinstance(module, nn.LSTMCell):  # Gers et al. 2000; Jozefowicz et al. 2015
+                bias[n : 2 * n] = c.lstm_forget_bias
+            init.copy_(module.bias_ih, bias)
+            init.zeros_(module.bias_hh)
         elif isinstance(module, Router):
             init.normal_(module.weight, std=c.initializer_range)
             init.zeros_(module.e_score_correction_bias)

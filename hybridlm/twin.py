@@ -20,6 +20,7 @@ def parameters_by_kind(config: HybridLMConfig) -> dict[str, int]:
         "*": 2 * d * (query + key) + c.attention_bias * (query + 2 * key + d),
         "-": _mlp(d, c.intermediate_size, c.mlp_bias),
         "E": c.n_routed_experts * (_expert(c) + d) + _shared(c),
+        **{symbol: _recurrent(c, gates) for symbol, gates in {"r": 1, "l": 4, "g": 3}.items()},
     }
     layers = {symbol: of_kind[symbol] + d for symbol in dict.fromkeys(c.hybrid_override_pattern)}
     return {"embedding": c.vocab_size * d, **layers, "norm": d, "head": c.vocab_size * d}
@@ -27,6 +28,12 @@ def parameters_by_kind(config: HybridLMConfig) -> dict[str, int]:
 
 def _mlp(size: int, width: int, bias: bool) -> int:
     return 2 * size * width + bias * (width + size)
+
+
+def _recurrent(c: HybridLMConfig, gates: int) -> int:
+    """A cell with torch's two biases for each gate, and its way into the residual stream."""
+    d, n = c.hidden_size, c.recurrent_state_size
+    return gates * n * (d + n + 2) + n * d + c.use_bias * d
 
 
 def _expert(c: HybridLMConfig) -> int:

@@ -30,7 +30,7 @@ from hybridlm import HybridLMForCausalLM
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.modeling import Block
 
-KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}
+KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe", "r": "rnn", "l": "lstm", "g": "gru"}
 
 
 def layers(model: HybridLMForCausalLM) -> list[tuple[str, Block]]:

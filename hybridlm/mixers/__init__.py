@@ -10,5 +10,6 @@ from hybridlm.mixers.attention import Attention
 from hybridlm.mixers.ffn import FFN
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.mixers.moe import MoE
+from hybridlm.mixers.recurrent import GRU, LSTM, Elman
 
-MIXERS = {"M": Mamba2, "*": Attention, "-": FFN, "E": MoE}
+MIXERS = {"M": Mamba2, "*": Attention, "-": FFN, "E": MoE, "r": Elman, "l": LSTM, "g": GRU}

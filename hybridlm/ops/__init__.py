@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from hybridlm.ops import conv1d, cross_entropy, gated_norm, rms_norm, ssd
+from hybridlm.ops import conv1d, cross_entropy, gated_norm, recurrent, rms_norm, ssd
 from hybridlm.ops.backend import resolve
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ class Ops:
     ssd: Callable
     ssd_step: Callable
     conv1d: Callable
+    recurrent: Callable
     gated_norm: Callable
     rms_norm: Callable
     cross_entropy: Callable
@@ -38,6 +39,7 @@ def build_ops(backend: str = "auto") -> Ops:
         "ssd": (ssd.ssd, ssd.IMPLEMENTATIONS),
         "ssd_step": (ssd.ssd_step, ssd.STEP_IMPLEMENTATIONS),
         "conv1d": (conv1d.conv1d, conv1d.IMPLEMENTATIONS),
+        "recurrent": (recurrent.recurrent, recurrent.IMPLEMENTATIONS),
         "gated_norm": (gated_norm.gated_norm, gated_norm.IMPLEMENTATIONS),
         "rms_norm": (rms_norm.rms_norm, rms_norm.IMPLEMENTATIONS),
         "cross_entropy": (cross_entropy.cross_entropy, cross_entropy.IMPLEMENTATIONS),

@@ -36,6 +36,12 @@ def test_projections_and_ssd_count_as_the_operators_run(changes, b, t, tiny_mode
     assert counted["ssd"] * b * t == ran.get(aten.bmm, 0)
 
 
+@pytest.mark.parametrize(("symbol", "gates"), [("r", 1), ("l", 4), ("g", 3)])
+def test_recurrences_count_their_products(symbol, gates, tiny_config):
+    counted = forward_flops(tiny_config(hybrid_override_pattern=symbol * 2, recurrent_size=20), 16)
+    assert counted["linear"] == 2 * 2 * (gates * 20 * (32 + 20) + 20 * 32) and counted["ssd"] == counted["conv"] == 0
+
+
 def test_biases_do_not_count(tiny_model):
     model = tiny_model(use_bias=True, mlp_bias=True, attention_bias=True)
     counted, ran = forward_flops(model.config, CHUNK, chunk=CHUNK), operators_flops(model, 1, CHUNK)

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 from hybridlm.cache import HybridCache
 
 EXPERTS = {"hybrid_override_pattern": "MEM*-ME"}
+RECURRENT = {"hybrid_override_pattern": "rl*g-", "recurrent_size": 20}
 ROPE = {"rope_theta": 100.0}
 
 
@@ -38,7 +39,7 @@ SIZES = [[1] * 19, [13] + [1] * 6, [2, 1, 3, 13], [3, 16], [8, 8, 3], [1, 2, 2, 
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("changes", [{}, EXPERTS, ROPE, {"conv_kernel": 6}])
+@pytest.mark.parametrize("changes", [{}, EXPERTS, ROPE, RECURRENT, {"conv_kernel": 6}])
 def test_steps_and_pieces_of_any_size_equal_the_whole(sizes, changes, exact, draw_ids):
     model, ids = exact(**changes), draw_ids(2, 19)
     assert_same(in_pieces(model, ids, sizes), hidden(model, ids), 1e-5 if "rope_theta" in changes else 1e-9)
@@ -78,7 +79,7 @@ PIECES = [[12], [1] * 12, [5, 7], [3, 1, 2, 6], [11, 1]]
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("sizes", PIECES)
-@pytest.mark.parametrize("changes", [{}, EXPERTS, ROPE], ids=["M*-", "E", "rope"])
+@pytest.mark.parametrize("changes", [{}, EXPERTS, ROPE, RECURRENT], ids=["M*-", "E", "rope", "rlg"])
 def test_tokens_are_as_if_padding_were_not_there(name, sizes, changes, exact, draw_ids):
     model, ids, mask = exact(**changes), draw_ids(2, 12), torch.tensor(MASKS[name])
     tolerance = 1e-5 if "rope_theta" in changes else 1e-9
@@ -227,7 +228,7 @@ def writer(tiny_model):
 
 
 @pytest.mark.parametrize("t", [1, 2, 9])
-@pytest.mark.parametrize("changes", [{}, EXPERTS, ROPE], ids=["M*-", "E", "rope"])
+@pytest.mark.parametrize("changes", [{}, EXPERTS, ROPE, RECURRENT], ids=["M*-", "E", "rope", "rlg"])
 @torch.no_grad()
 def test_greedy_generation_equals_recomputing_every_token(t, changes, writer, draw_ids):
     model, ids = writer(**changes), draw_ids(2, t)

@@ -37,12 +37,13 @@ from hybridlm.strict_yaml import load_yaml
 from train import sharding
 
 WIDE = {
-    "hybrid_override_pattern": "M*-E", "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "head_dim": 16,
+    "hybrid_override_pattern": "M*-Erlg", "recurrent_size": 72, "hidden_size": 96, "intermediate_size": 256,
+    "num_attention_heads": 6, "head_dim": 16,
     "mamba_num_heads": 12, "mamba_head_dim": 16, "n_groups": 3, "ssm_state_size": 24, "chunk_size": 32,
     "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 80,
 }  # fmt: skip
 WORKING = WIDE | {
-    "hybrid_override_pattern": "M*-E", "hidden_size": 128, "intermediate_size": 672, "num_attention_heads": 2,
+    "hybrid_override_pattern": "M*-Erlg", "hidden_size": 128, "intermediate_size": 672, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 1, "ssm_state_size": 64,
     "chunk_size": 64, "vocab_size": 128, "moe_intermediate_size": 32,
 }  # fmt: skip
@@ -54,14 +55,17 @@ def shape(size):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Products in bf16, and all of a sequence at once: what a CPU takes in pieces."""
+    """Products in bf16, all of a sequence at once, what a CPU takes in pieces, and torch's own LSTM."""
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(eager, "CPU_CHUNK", 2**40)
     monkeypatch.setattr(eager, "CPU_BLOCK", 2**40)
     monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2**40)
+    torch._C._set_mkldnn_enabled(False)  # the public way warns of GPUs
+    yield
+    torch._C._set_mkldnn_enabled(True)
 
 
-@pytest.mark.parametrize("pattern", ["M-M*-M-", "M", "**-", "-"])
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "M", "**-", "-", "rl-g*"])
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
 @torch.no_grad()
 def test_cache_bytes_are_those_of_a_real_cache(pattern, length, tiny_model, draw_ids):
@@ -93,7 +97,7 @@ def bytes_kept(block, x):
 @pytest.mark.parametrize("w", [4, 2])
 def test_activations_are_what_autograd_keeps(changes, w, tiny_model, as_on_a_gpu):
     model = tiny_model("eager", **WIDE | changes)
-    for symbol, block in zip("M*-E", model.backbone.layers):
+    for symbol, block in zip(model.config.hybrid_override_pattern, model.backbone.layers):
         x = torch.randn(2, 250, 96, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
             kept = bytes_kept(block, x)
@@ -110,9 +114,9 @@ def test_recomputing_keeps_the_input_alone(tiny_model, as_on_a_gpu):
         x = torch.randn(2, 250, 96, requires_grad=True)
         assert bytes_kept(block, x) == 4 * 96 * 500
     config, plan = model.config, Plan(seq_len=250, micro_batch=2)
-    each = {symbol: 500 * block_activations(config, symbol, 2, 250) for symbol in "M*-E"}
+    each = {symbol: 500 * block_activations(config, symbol, 2, 250) for symbol in "M*-Erlg"}
     all_kept = activation_bytes(config, plan)
-    for kinds in ("M", "M*", "M*-E"):
+    for kinds in ("M", "M*", "M*-Erlg"):
         saved = sum(each[symbol] - 4 * 96 * 500 for symbol in kinds)
         assert activation_bytes(config, replace(plan, recompute=kinds)) == pytest.approx(all_kept - saved)
     assert activation_bytes(config, replace(plan, micro_batch=4)) == 2 * all_kept
@@ -135,8 +139,8 @@ def test_what_the_last_norm_and_the_loss_keep(name, w, tiny_model, draw_ids, as_
     x = torch.randn(2, 250, 96, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
         kept = bytes_kept(Tail(model, draw_ids(2, 250)), x)
-    plan = Plan(precision=name, seq_len=250, micro_batch=2, recompute="M*-E")
-    assert activation_bytes(model.config, plan) - 4 * 4 * 96 * 500 == pytest.approx(kept, rel=0.01)
+    plan = Plan(precision=name, seq_len=250, micro_batch=2, recompute="M*-Erlg")
+    assert activation_bytes(model.config, plan) - 7 * 4 * 96 * 500 == pytest.approx(kept, rel=0.01)
 
 
 class Live(TorchDispatchMode):
@@ -165,7 +169,7 @@ class Live(TorchDispatchMode):
 def test_the_work_of_a_layers_backward_pass_is_covered(w, tiny_model, as_on_a_gpu):
     """Of experts that are not wider than the model; they work one after the other, and are counted as if all did at once."""
     model, t = tiny_model("eager", **WORKING), 256
-    for symbol, block in zip("M*-E", model.backbone.layers):
+    for symbol, block in zip(model.config.hybrid_override_pattern, model.backbone.layers):
         x = torch.randn(1, t, 128, requires_grad=True)
         with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
             y = block(x, Context())[0]
@@ -238,7 +242,7 @@ def test_the_state_is_shared_by_those_who_share():
     config, total = shape("8b"), 8_100_852_736
     one = state_bytes(config, Plan())
     assert sum(one.values()) - one["copy"] == 16 * total
-    assert 2 * (total - 2 * 131072 * 4096) <= one["copy"] < 1.001 * 2 * (total - 2 * 131072 * 4096)
+    assert 0.999 * 2 * (total - 2 * 131072 * 4096) < one["copy"] < 2 * (total - 2 * 131072 * 4096)
     assert state_bytes(config, Plan(precision="fp32"))["copy"] == 0
     assert state_bytes(config, Plan(gpus=8)) == one | {"buckets": 4 * total}  # DDP
     sharded = state_bytes(config, Plan(gpus=8, sharding="fsdp2"))
@@ -249,7 +253,7 @@ def test_the_state_is_shared_by_those_who_share():
 @pytest.mark.parametrize("w", [4, 2])
 def test_a_group_is_its_matrices_in_the_width_of_products_and_the_rest_in_fp32(w, changes, tiny_model):
     model = tiny_model(**WIDE | changes)
-    for symbol, block in zip("M*-E", model.backbone.layers, strict=True):
+    for symbol, block in zip(model.config.hybrid_override_pattern, model.backbone.layers, strict=True):
         linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
         narrow = sum(p.numel() for linear in linears for p in linear.parameters())
         every = sum(p.numel() for p in block.parameters())

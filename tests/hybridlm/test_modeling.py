@@ -36,6 +36,7 @@ LENGTHS = [5, 1, 9, 3, 6]
 # Chunks are of 8: documents that end on their edges, inside a window of the convolution, after one token.
 CUTS = [LENGTHS, [8, 1, 7, 2, 5, 1], [1, 1, 1, 13, 8], [16, 3]]
 EXPERTS = {"hybrid_override_pattern": "MEM*-ME", "initializer_range": 0.1}
+RECURRENT = {"hybrid_override_pattern": "rlM*-g", "recurrent_size": 20}
 
 
 def packed(lengths):
@@ -44,7 +45,8 @@ def packed(lengths):
 
 @pytest.mark.parametrize("lengths", CUTS)
 @pytest.mark.parametrize(
-    "changes", [{}, EXPERTS, {"rope_theta": 100.0}, {"hybrid_override_pattern": "M-"}, {"hybrid_override_pattern": "*"}]
+    "changes",
+    [{}, EXPERTS, RECURRENT, {"rope_theta": 100.0}, {"hybrid_override_pattern": "M-"}, {"hybrid_override_pattern": "*"}],
 )
 def test_packed_documents_equal_each_run_alone(changes, lengths, exact, draw_ids):
     model, ids = exact(**changes), draw_ids(1, sum(lengths))
@@ -54,7 +56,7 @@ def test_packed_documents_equal_each_run_alone(changes, lengths, exact, draw_ids
 
 
 @pytest.mark.parametrize(("lengths", "changed"), [(lengths, i) for lengths in CUTS for i in range(len(lengths))])
-@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["M*-", "E"])
+@pytest.mark.parametrize("changes", [{}, EXPERTS, RECURRENT], ids=["M*-", "E", "rlg"])
 def test_a_document_cannot_touch_another_in_outputs_and_gradients(changes, lengths, changed, tiny_model, draw_ids):
     """Bitwise; with experts to 1e-6, because how many tokens an expert has decides how its product is computed."""
     model, ids, seq_idx = tiny_model(**changes), draw_ids(1, sum(lengths)), packed(lengths)
@@ -70,7 +72,7 @@ def test_a_document_cannot_touch_another_in_outputs_and_gradients(changes, lengt
         assert (gradient[others] != 0).any(-1).all()
         seen.append((logits[others], gradient[others], *weights))
     for a, b in zip(*seen):
-        assert (a - b).abs().max() <= 1e-6 * b.abs().max().clamp(min=1) if changes else torch.equal(a, b)
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max().clamp(min=1) if changes == EXPERTS else torch.equal(a, b)
 
 
 def test_rows_pack_their_documents_each_for_itself(exact, draw_ids):

@@ -73,6 +73,8 @@ def test_the_published_rules_hold(name):
         {"hybrid_override_pattern": "ME", "moe_latent_size": 12},
         {"hybrid_override_pattern": "ME", "moe_latent_size": 12, "mlp_bias": True},
         {"hybrid_override_pattern": "ME", "mlp_bias": True},
+        {"hybrid_override_pattern": "rlg"},
+        {"hybrid_override_pattern": "rrlg", "recurrent_size": 20, "use_bias": True},
     ],
 )
 def test_the_count_follows_every_choice(changes, tiny_config):

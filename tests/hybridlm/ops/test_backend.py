@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from hybridlm.ops import EVERY_TOKEN, backend, build_ops, conv1d, cross_entropy, gated_norm, kernels, rms_norm, ssd
+from hybridlm.ops import EVERY_TOKEN, backend, build_ops, conv1d, cross_entropy, gated_norm, kernels, recurrent, rms_norm, ssd
 from hybridlm.ops.backend import can_fuse, lacking, pick, resolve
 from hybridlm.ops.conv1d.fused import refusal as conv1d_refusal
 from hybridlm.ops.ssd.fused import refusal as ssd_refusal
@@ -16,7 +16,7 @@ WITHOUT_FUSED = {name: IMPLEMENTATIONS[name] for name in ("eager", "naive")}
 TABLES = {
     "ssd": ssd.IMPLEMENTATIONS, "ssd_step": ssd.STEP_IMPLEMENTATIONS, "conv1d": conv1d.IMPLEMENTATIONS,
     "gated_norm": gated_norm.IMPLEMENTATIONS, "rms_norm": rms_norm.IMPLEMENTATIONS,
-    "cross_entropy": cross_entropy.IMPLEMENTATIONS,
+    "cross_entropy": cross_entropy.IMPLEMENTATIONS, "recurrent": recurrent.IMPLEMENTATIONS,
 }  # fmt: skip
 ALL = tuple(TABLES)
 PACKAGES = ("mamba_ssm", "causal_conv1d")
@@ -147,9 +147,7 @@ def test_building_the_operators_logs_what_was_chosen(machine, caplog):
     with caplog.at_level(logging.INFO, "hybridlm"):
         ops = build_ops("auto")
     assert ops.backends == dict.fromkeys(("ssd", "ssd_step", "conv1d"), "fused") | dict.fromkeys(ALL[3:], "eager")
-    assert (
-        "operators: ssd=fused, ssd_step=fused, conv1d=fused, gated_norm=eager, rms_norm=eager, cross_entropy=eager" in caplog.text
-    )
+    assert "operators: ssd=fused, ssd_step=fused, conv1d=fused, recurrent=eager, gated_norm=eager, " in caplog.text
     assert build_ops("naive").backends == dict.fromkeys(ALL, "naive")
 
 
