@@ -139,7 +139,7 @@ def largest_batch(config: HybridLMConfig, context: int, assumed: Assumptions) ->
     Raises:
         ValueError: a model that keeps nothing between tokens, so that any number has room.
     """
-    if not set(config.hybrid_override_pattern) & set("M*"):
+    if not set(config.hybrid_override_pattern) & set("M*m"):
         raise ValueError(f"{config.hybrid_override_pattern} keeps nothing between tokens: there is no largest batch.")
     room = GPUS[assumed.gpu].size * assumed.gpus * (1 - assumed.free) - weight_bytes(config)[assumed.precision]
     return max(0, int(room // cache_bytes(config, context, VALUE_BYTES[assumed.cache_precision])))
@@ -152,11 +152,11 @@ def prefill_flops(config: HybridLMConfig, prompt: int) -> float:
 
 
 def step_flops(config: HybridLMConfig, context: float) -> float:
-    """Of one token behind a `context`: attention to all of it, one update and one read-out of each Mamba-2 state."""
+    """Of one token behind a `context`: attention to all of it, one update and one read-out of each Mamba state."""
     kinds = forward_flops(config, 1)
     attention = kinds["attention"] * context
     ssd = 2.0 * config.hybrid_override_pattern.count("M") * 2 * config.mamba_inner_size * config.ssm_state_size
-    return kinds["linear"] + kinds["conv"] + kinds["head"] + attention + ssd
+    return kinds["linear"] + kinds["conv"] + kinds["head"] + attention + ssd + kinds["scan"]
 
 
 def step_bytes(config: HybridLMConfig, context: int, batch: int, assumed: Assumptions) -> float:

@@ -46,14 +46,16 @@ def matrices(config: HybridLMConfig) -> dict[str, list[tuple[int, int]]]:
     """(rows, columns) of the linear layers of each kind of layer."""
     c, d = config, config.hidden_size
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    inner, rank = c.mamba_inner_size, c.mamba_rank
     latent, shared = c.moe_latent_size, c.moe_shared_expert_intermediate_size
     size = d if latent is None else latent
     experts = [(c.moe_intermediate_size, size), (size, c.moe_intermediate_size)] * c.n_routed_experts
     return {
-        "M": [(c.mamba_inner_size + c.mamba_conv_size + c.mamba_num_heads, d), (d, c.mamba_inner_size)],
+        "M": [(inner + c.mamba_conv_size + c.mamba_num_heads, d), (d, inner)],
         "*": [(query, d), (key, d), (key, d), (d, query)],
         "-": [(c.intermediate_size, d), (d, c.intermediate_size)],
         **{symbol: [(d, c.recurrent_state_size)] for symbol in "rlg"},  # the cell's are no linear layers
+        "m": [(2 * inner, d), (rank + 2 * c.ssm_state_size, inner), (inner, rank), (d, inner)],
         "E": [*experts, (shared, d), (d, shared), *([] if latent is None else [(latent, d), (d, latent)])],
     }
 

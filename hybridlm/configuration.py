@@ -42,7 +42,7 @@ class HybridLMConfig(PreTrainedConfig):
 
     Args:
         hybrid_override_pattern: one symbol a layer: `M` Mamba-2, `*` self-attention, `-` FFN, `E` mixture of experts; and of
-            the line that led here `r` Elman RNN, `l` LSTM, `g` GRU. Its length is the depth.
+            the line that led here `r` Elman RNN, `l` LSTM, `g` GRU, `m` Mamba-1. Its length is the depth.
         vocab_size: rows of the embedding and of the head.
         hidden_size: width of the residual stream.
         intermediate_size: width of the FFN.
@@ -52,6 +52,8 @@ class HybridLMConfig(PreTrainedConfig):
         conv_kernel: window of the convolution, in positions. chunk_size: positions of one SSD chunk; no result depends on it.
         time_step_min, time_step_max, time_step_floor: range of dt at initialisation.
         time_step_limit: dt is clamped to it in every pass.
+        time_step_rank: of Mamba-1, the width from which dt is projected; None: a sixteenth of hidden_size, rounded up. Its inner
+            width, its convolution and the rows of its state are Mamba-2's.
         n_routed_experts, moe_intermediate_size: of an `E` layer: its experts and the width of each.
         num_experts_per_tok: experts that a token goes to. n_group, topk_group: they are chosen among those of the best
             topk_group of n_group groups of experts.
@@ -123,6 +125,7 @@ class HybridLMConfig(PreTrainedConfig):
     recurrent_size: int | None = None
     rnn_activation: str = "tanh"
     lstm_forget_bias: float = 1.0
+    time_step_rank: int | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("num_hidden_layers", None)  # the pattern's length
@@ -136,12 +139,17 @@ class HybridLMConfig(PreTrainedConfig):
 
     @property
     def mamba_inner_size(self) -> int:
-        """Width of x and z in Mamba-2."""
+        """Width of x and z in Mamba-2 and Mamba-1."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
+    def mamba_rank(self) -> int:
+        """Width from which Mamba-1's dt is projected."""
+        return -(-self.hidden_size // 16) if self.time_step_rank is None else self.time_step_rank
+
+    @property
     def mamba_conv_size(self) -> int:
-        """Channels that pass the convolution: x, B and C."""
+        """Channels that pass the convolution of Mamba-2: x, B and C. Of Mamba-1 it is x alone."""
         return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
 
     @property
@@ -197,6 +205,8 @@ def to_disk(config: HybridLMConfig) -> dict[str, Any]:
         del values["time_step_limit"]  # the default everywhere, and JSON has no infinity
     if "E" not in config.hybrid_override_pattern:
         values = {key: value for key, value in values.items() if key not in MOE_FIELDS}
+    if "m" not in config.hybrid_override_pattern:
+        values.pop("time_step_rank", None)
     if config.is_nemotron_h:
         del values["rope_theta"]
         values["model_type"] = "nemotron_h"
@@ -260,7 +270,7 @@ def _faults(c: HybridLMConfig) -> list[str]:
     faults = []
     for name in (*SIZES, *MOE_SIZES) if "E" in str(c.hybrid_override_pattern) else SIZES:
         value = getattr(c, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        if value is None or not _is_size_or_none(value):
             faults.append(f"{name} must be a whole number of at least 1 and below 2**31; got {value!r}.")
     for name in ("initializer_range", "layer_norm_epsilon", "time_step_min", "time_step_max", "time_step_floor"):
         value = getattr(c, name)
@@ -287,6 +297,8 @@ def _faults(c: HybridLMConfig) -> list[str]:
         )
     if c.rope_theta is not None and (not _is_positive(c.rope_theta) or c.head_dim % 2):
         faults.append(f"rope_theta must be a finite number above 0 and head_dim even; got {c.rope_theta!r} and {c.head_dim}.")
+    if not _is_size_or_none(c.time_step_rank):
+        faults.append(f"time_step_rank must be null or a whole number of at least 1 and below 2**31; got {c.time_step_rank!r}.")
     if not c.time_step_min <= c.time_step_max:
         faults.append(f"time_step_min must not exceed time_step_max; got {c.time_step_min} and {c.time_step_max}.")
     limit = c.time_step_limit

@@ -1,7 +1,8 @@
 """Model FLOPs of a hybrid: what one forward pass must compute, by kind of work.
 
-A multiply-add is 2 FLOPs. Only matrix products count; norms, gates and activations do not. Nothing recomputed counts, and SSD is
-taken at a fixed chunk of 128 whatever the machine runs, so that utilisation is comparable between machines.
+A multiply-add is 2 FLOPs. Only matrix products count, and the multiply-adds of Mamba-1's scan, which has none; norms, gates and
+activations do not. Nothing recomputed counts, and SSD is taken at a fixed chunk of 128 whatever the machine runs, so that
+utilisation is comparable between machines.
 """
 
 import copy
@@ -13,10 +14,11 @@ CHUNK = 128
 
 
 def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> dict[str, float]:
-    """FLOPs per token of a forward pass over `seq_len` positions, by kind: linear, attention, ssd, conv, head.
+    """FLOPs per token of a forward pass over `seq_len` positions, by kind: linear, attention, ssd, scan, conv, head.
 
     Attention counts the keys that the causal mask lets through: (seq_len + 1) / 2 on average. A chunk of SSD is a full
-    matrix product, as every implementation runs it. Of the experts, those that a token goes to count.
+    matrix product, as every implementation runs it. The scan has three multiply-adds for each element of the state: decay,
+    input and read-out; the exponential is none. Of the experts, those that a token goes to count.
     """
     c = config
     inner, conv, n = c.mamba_inner_size, c.mamba_conv_size, c.ssm_state_size
@@ -33,6 +35,7 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
         + c.num_experts_per_tok * 2 * (latent or d) * c.moe_intermediate_size
         + (0 if latent is None else 2 * d * latent),
         **{symbol: gates * h * (d + h) + h * d for symbol, gates in {"r": 1, "l": 4, "g": 3}.items()},
+        "m": 3 * d * inner + inner * (2 * c.mamba_rank + 2 * n),
     }
     # C B^T per group, the masked product with x per head, the state's update and its read-out.
     ssd = c.n_groups * chunk * n + inner * chunk + 2 * inner * n
@@ -40,7 +43,8 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
         "linear": 2.0 * sum(layers[symbol] * weights[symbol] for symbol in layers),
         "attention": 2.0 * attention * 2 * query * (seq_len + 1) / 2,
         "ssd": 2.0 * mamba * ssd,
-        "conv": 2.0 * mamba * conv * c.conv_kernel,
+        "scan": 2.0 * layers["m"] * 3 * inner * n,
+        "conv": 2.0 * (mamba * conv + layers["m"] * inner) * c.conv_kernel,
         "head": 2.0 * d * c.vocab_size,
     }
 

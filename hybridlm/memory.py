@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.ops.cross_entropy.eager import block_rows
+from hybridlm.ops.selective_scan.eager import BLOCK
 from hybridlm.pattern import SYMBOLS
 from hybridlm.twin import count_parameters, parameters_by_kind
 
@@ -55,13 +56,14 @@ def weight_bytes(config: HybridLMConfig) -> dict[str, int]:
 
 
 def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> int:
-    """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba-2 layer the
+    """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba layer the
     last inputs of the convolution, and a state that is fp32 whatever the rest is, as those of the classical recurrences are."""
     c = config
     attention = 2 * c.num_key_value_heads * c.head_dim * context * value_bytes
-    mamba = (c.conv_kernel - 1) * c.mamba_conv_size * value_bytes + c.mamba_inner_size * c.ssm_state_size * 4
+    state = c.mamba_inner_size * c.ssm_state_size * 4
+    mamba, mamba_1 = ((c.conv_kernel - 1) * size * value_bytes + state for size in (c.mamba_conv_size, c.mamba_inner_size))
     h = 4 * c.recurrent_state_size
-    each = {"*": attention, "M": mamba, "r": h, "l": 2 * h, "g": h}
+    each = {"*": attention, "M": mamba, "r": h, "l": 2 * h, "g": h, "m": mamba_1}
     return sum(c.hybrid_override_pattern.count(symbol) * size for symbol, size in each.items())
 
 
@@ -101,6 +103,9 @@ def block_activations(config: HybridLMConfig, symbol: str, w: int, seq_len: int)
         + 4 * k * latent
         + narrow * 4 * d
         + (0 if c.moe_latent_size is None else w * (2 * latent + narrow * d)),
+        # in_proj; the convolution's result, y, silu(z), their product; dt at low rank, B, C; the states between blocks; dt with
+        # its bias and after softplus.
+        "m": w * (6 * inner + c.mamba_rank + 2 * n) + 4 * inner * n / min(BLOCK, seq_len) + 8 * inner,
     }
     return 4 * d + w * d + 4 + of_kind[symbol]  # the norm's input, its result, its scale
 
@@ -122,6 +127,8 @@ def block_work(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> flo
         "*": 3 * w * query,
         "-": 3 * w * c.intermediate_size,  # the gradients after and before the square, and its root
         "E": 3 * w * k * c.moe_intermediate_size + 8 * k * (c.moe_latent_size or c.hidden_size),
+        # A block at a time: states, their decays, gradients, how far they reach. Of all positions gradients of x, dt, y and z.
+        "m": 16 * c.mamba_inner_size * c.ssm_state_size * min(BLOCK, seq_len) / seq_len + (4 + 4 * w) * c.mamba_inner_size,
     }
     return 4 * c.hidden_size + of_kind[symbol]  # the residual stream's gradient
 
@@ -146,6 +153,7 @@ def wide_parameters(config: HybridLMConfig) -> dict[str, int]:
             for symbol in "rlg"
             if symbol in kinds
         },
+        "m": c.mamba_inner_size * (c.conv_kernel + c.use_conv_bias + 2 + c.ssm_state_size),
     }
     return {symbol: wide.get(symbol, 0) + c.hidden_size for symbol in set(c.hybrid_override_pattern)}
 

@@ -2,7 +2,7 @@
 
 SYMBOLS = {
     **{"M": "Mamba-2", "*": "self-attention", "-": "FFN", "E": "mixture of experts"},
-    **{"r": "Elman RNN", "l": "LSTM", "g": "GRU"},
+    **{"r": "Elman RNN", "l": "LSTM", "g": "GRU", "m": "Mamba-1"},
 }
 NEMOTRON_H_SYMBOLS = frozenset("M*-E")  # what a stock `nemotron_h` model can hold
 

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from hybridlm.checkpoint import check_folder, check_shards, weight_faults
 from hybridlm.configuration import HybridLMConfig
+from hybridlm.mixers.mamba import FromRank, Mamba
 from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
 from hybridlm.mixers.moe import Router
 from hybridlm.mixers.parts import IntoResidual, KeepsWide, RMSNorm
@@ -79,7 +80,9 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of every weight there is (facts in Mamba-2's and Nemotron-H's own code)."""
         c = self.config
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, FromRank):
+            init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             into_residual = c.rescale_prenorm_residual and isinstance(module, IntoResidual)
             init.normal_(module.weight, std=c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1))
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -89,9 +92,12 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, Mamba2):
-            heads = module.dt_bias.shape
-            init.copy_(module.A_log, torch.empty(heads).uniform_(1, 16).log())
+        elif isinstance(module, (Mamba, Mamba2)):
+            heads, decays = module.dt_bias.shape, module.A_log.shape
+            if isinstance(module, Mamba):  # the rows of a state forget at different rates (S4D-Real, arXiv 2206.11893)
+                init.copy_(module.A_log, torch.arange(1.0, decays[1] + 1).log().expand(decays))
+            else:
+                init.copy_(module.A_log, torch.empty(decays).uniform_(1, 16).log())
             init.ones_(module.D)
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
             dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)

@@ -15,12 +15,21 @@ def parameters_by_kind(config: HybridLMConfig) -> dict[str, int]:
     mamba = (
         d * projected + conv * (c.conv_kernel + c.use_conv_bias) + 3 * heads + inner + inner * d + c.use_bias * (projected + d)
     )
+    rank, n = c.mamba_rank, c.ssm_state_size
+    # in_proj; the convolution, x_proj, dt_proj, dt_bias, D and A_log; out_proj.
+    mamba_1 = (
+        2 * d * inner
+        + inner * (c.conv_kernel + c.use_conv_bias + rank + 2 * n + rank + 2 + n)
+        + inner * d
+        + c.use_bias * (2 * inner + d)
+    )
     of_kind = {
         "M": mamba,
         "*": 2 * d * (query + key) + c.attention_bias * (query + 2 * key + d),
         "-": _mlp(d, c.intermediate_size, c.mlp_bias),
         "E": c.n_routed_experts * (_expert(c) + d) + _shared(c),
         **{symbol: _recurrent(c, gates) for symbol, gates in {"r": 1, "l": 4, "g": 3}.items()},
+        "m": mamba_1,
     }
     layers = {symbol: of_kind[symbol] + d for symbol in dict.fromkeys(c.hybrid_override_pattern)}
     return {"embedding": c.vocab_size * d, **layers, "norm": d, "head": c.vocab_size * d}

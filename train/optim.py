@@ -10,12 +10,13 @@ from train.config import Optim, Schedule
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Every parameter in exactly one group: matrices decay; norms, biases, A_log, D and dt_bias, all vectors, do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Every parameter in exactly one group: matrices decay; norms, biases, A_log, D and dt_bias do not: all of them
+    vectors, but for A_log in Mamba-1."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim >= 2 and not name.endswith("A_log")].append(p)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def adamw(model: nn.Module, config: Optim) -> torch.optim.AdamW:

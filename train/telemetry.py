@@ -1,5 +1,5 @@
-"""What the inside of a model looks like while it trains: gradient norms by kind of layer, how far its Mamba layers remember, and
-what sets its ranks apart.
+"""What the inside of a model looks like while it trains: gradient norms by kind of layer, how far its Mamba-2 layers remember,
+and what sets its ranks apart.
 
 The figures are flat numbers, ready for a line of metrics.jsonl and for trackers:
 
@@ -30,7 +30,7 @@ from hybridlm import HybridLMForCausalLM
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.modeling import Block
 
-KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe", "r": "rnn", "l": "lstm", "g": "gru"}
+KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe", "r": "rnn", "l": "lstm", "g": "gru", "m": "mamba1"}
 
 
 def layers(model: HybridLMForCausalLM) -> list[tuple[str, Block]]:
@@ -68,7 +68,7 @@ def over_ranks(norm: Tensor) -> Tensor:
 
 @contextmanager
 def mamba_statistics(model: HybridLMForCausalLM, window: int) -> Iterator[dict[str, float]]:
-    """Watches the forward passes within: a dict that is filled when the context ends, {} for a model without Mamba layers.
+    """Watches the forward passes within: a dict that is filled when the context ends, {} for a model without Mamba-2 layers.
 
     Passes count alike, however many: micro-batches, and a layer that gradient checkpointing runs again. Their outputs are
     untouched. A head's memory is that of its mean step, 1 / (|A| mean dt): over t tokens its state shrinks by exp(-t / memory).

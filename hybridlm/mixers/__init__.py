@@ -8,8 +8,9 @@ whole. A projection into the residual stream is an `IntoResidual`: it starts sma
 
 from hybridlm.mixers.attention import Attention
 from hybridlm.mixers.ffn import FFN
+from hybridlm.mixers.mamba import Mamba
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.mixers.moe import MoE
 from hybridlm.mixers.recurrent import GRU, LSTM, Elman
 
-MIXERS = {"M": Mamba2, "*": Attention, "-": FFN, "E": MoE, "r": Elman, "l": LSTM, "g": GRU}
+MIXERS = {"M": Mamba2, "*": Attention, "-": FFN, "E": MoE, "r": Elman, "l": LSTM, "g": GRU, "m": Mamba}

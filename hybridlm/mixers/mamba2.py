@@ -31,7 +31,7 @@ class Mamba2(KeepsWide, nn.Module):
         self.projected, self.convolved = [inner, conv, heads], [inner, *[config.n_groups * config.ssm_state_size] * 2]
         self.limit = None if list(config.time_step_limit) == NO_LIMIT else config.time_step_limit
         self.in_proj = Linear(config.hidden_size, inner + conv + heads, bias=config.use_bias)
-        self.conv1d = Convolution(config, ops)
+        self.conv1d = Convolution(conv, config, ops)
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
@@ -65,10 +65,9 @@ class Mamba2(KeepsWide, nn.Module):
 
 
 class Convolution(nn.Conv1d):
-    """The short causal convolution with SiLU, its weights under their usual names."""
+    """The short causal convolution of `size` channels with SiLU, its weights under their usual names."""
 
-    def __init__(self, config: HybridLMConfig, ops: Ops):
-        size = config.mamba_conv_size
+    def __init__(self, size: int, config: HybridLMConfig, ops: Ops):
         super().__init__(size, size, config.conv_kernel, groups=size, bias=config.use_conv_bias)
         self.op = ops.conv1d
 

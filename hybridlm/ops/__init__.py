@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from hybridlm.ops import conv1d, cross_entropy, gated_norm, recurrent, rms_norm, ssd
+from hybridlm.ops import conv1d, cross_entropy, gated_norm, recurrent, rms_norm, selective_scan, ssd
 from hybridlm.ops.backend import resolve
 
 logger = logging.getLogger(__name__)
 
 # Operators that every token of a generation passes: a mixer is handed them bare, for their checks take a tenth of a step.
-EVERY_TOKEN = ("ssd_step", "conv1d", "gated_norm", "rms_norm")
+EVERY_TOKEN = ("ssd_step", "selective_scan_step", "conv1d", "gated_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Ops:
 
     ssd: Callable
     ssd_step: Callable
+    selective_scan: Callable
+    selective_scan_step: Callable
     conv1d: Callable
     recurrent: Callable
     gated_norm: Callable
@@ -38,6 +40,8 @@ def build_ops(backend: str = "auto") -> Ops:
     table: dict[str, tuple[Callable, dict[str, Callable]]] = {
         "ssd": (ssd.ssd, ssd.IMPLEMENTATIONS),
         "ssd_step": (ssd.ssd_step, ssd.STEP_IMPLEMENTATIONS),
+        "selective_scan": (selective_scan.selective_scan, selective_scan.IMPLEMENTATIONS),
+        "selective_scan_step": (selective_scan.selective_scan_step, selective_scan.STEP_IMPLEMENTATIONS),
         "conv1d": (conv1d.conv1d, conv1d.IMPLEMENTATIONS),
         "recurrent": (recurrent.recurrent, recurrent.IMPLEMENTATIONS),
         "gated_norm": (gated_norm.gated_norm, gated_norm.IMPLEMENTATIONS),

@@ -56,7 +56,7 @@ def test_what_fp8_narrows_is_what_is_converted(gpus):
 @pytest.mark.parametrize("file", ["nemotron-h-8b", "nemotron-3-nano-30b", "tiny"])
 def test_matrices_are_those_of_the_model(file):
     shape = load_yaml(f"configs/model/{file}.yaml")
-    config = HybridLMConfig.from_strict_dict(shape | {"hybrid_override_pattern": shape["hybrid_override_pattern"] + "rlg"})
+    config = HybridLMConfig.from_strict_dict(shape | {"hybrid_override_pattern": shape["hybrid_override_pattern"] + "rlgm"})
     with torch.device("meta"):
         model = HybridLMForCausalLM(config)
     for symbol, block in zip(config.hybrid_override_pattern, model.backbone.layers, strict=True):

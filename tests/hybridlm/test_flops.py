@@ -42,6 +42,16 @@ def test_recurrences_count_their_products(symbol, gates, tiny_config):
     assert counted["linear"] == 2 * 2 * (gates * 20 * (32 + 20) + 20 * 32) and counted["ssd"] == counted["conv"] == 0
 
 
+def test_the_scan_counts_three_multiply_adds_for_each_element_of_its_state(tiny_model):
+    model = tiny_model(hybrid_override_pattern="mM-m", time_step_rank=3, chunk_size=CHUNK)
+    counted, ran = forward_flops(model.config, CHUNK, chunk=CHUNK), operators_flops(model, 1, CHUNK)
+    assert (counted["linear"] + counted["head"]) * CHUNK == ran[aten.mm]
+    assert counted["scan"] == 2 * 2 * 3 * 48 * 5
+    # Of the three the read-out is a matrix product.
+    assert (counted["scan"] / 3 + counted["ssd"]) * CHUNK == ran[aten.bmm]
+    assert counted["conv"] == 2 * 4 * (2 * 48 + 68)
+
+
 def test_biases_do_not_count(tiny_model):
     model = tiny_model(use_bias=True, mlp_bias=True, attention_bias=True)
     counted, ran = forward_flops(model.config, CHUNK, chunk=CHUNK), operators_flops(model, 1, CHUNK)

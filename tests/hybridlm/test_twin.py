@@ -70,6 +70,8 @@ def test_the_published_rules_hold(name):
         {"rope_theta": 1e4},
         {"hybrid_override_pattern": "MM**--M"},
         {"hybrid_override_pattern": "ME*EE"},
+        {"hybrid_override_pattern": "mM-m", "use_bias": True},
+        {"hybrid_override_pattern": "m", "time_step_rank": 7, "use_conv_bias": False},
         {"hybrid_override_pattern": "ME", "moe_latent_size": 12},
         {"hybrid_override_pattern": "ME", "moe_latent_size": 12, "mlp_bias": True},
         {"hybrid_override_pattern": "ME", "mlp_bias": True},

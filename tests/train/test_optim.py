@@ -6,9 +6,9 @@ from train.config import Optim, Schedule
 from train.optim import learning_rate, micro_batches, parameter_groups
 
 
-def test_every_parameter_is_in_exactly_one_group_and_vectors_do_not_decay():
+def test_every_parameter_is_in_exactly_one_group_and_neither_vectors_nor_A_log_decay():
     config = HybridLMConfig(
-        vocab_size=10, hidden_size=16, hybrid_override_pattern="M*-", intermediate_size=16, ssm_state_size=4, mamba_num_heads=4,
+        vocab_size=10, hidden_size=16, hybrid_override_pattern="M*-m", intermediate_size=16, ssm_state_size=4, mamba_num_heads=4,
         mamba_head_dim=8, n_groups=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, use_bias=True, mlp_bias=True,
         attention_bias=True,
     )  # fmt: skip

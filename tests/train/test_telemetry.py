@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from train import sharding, telemetry
 from train.telemetry import gradient_norms, kinds, mamba_statistics, probe, rank_figures
 
-PATTERNS = ["M-M*-M-", "MEM*-ME", "*-*-", "M"]
+PATTERNS = ["M-M*-M-", "MEM*-ME", "*-*-", "M", "mM-"]
 WINDOW = 16
 
 
@@ -24,7 +24,7 @@ def test_every_parameter_is_of_exactly_one_kind(tiny_model, pattern):
     found = kinds(model)
     names = {p: name for name, p in model.named_parameters()}
     assert sorted(names[p] for parameters in found.values() for p in parameters) == sorted(names.values())
-    layers = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe"}
+    layers = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe", "m": "mamba1"}
     assert found.keys() == {"embedding", "head", "norm"} | {layers[symbol] for symbol in pattern}
 
 

@@ -25,7 +25,7 @@ def test_the_published_sizes_come_out(size, parameters, capsys):
     assert parameters in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters"))
 
 
-@pytest.mark.parametrize("pattern", ["M-M*-M-", "MEM*-ME", "M", "*-*-"])
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "MEM*-ME", "M", "*-*-", "m-M*mE-"])
 def test_the_rows_add_up_to_the_model_and_to_its_flops(pattern, tiny_config):
     config = tiny_config(hybrid_override_pattern=pattern)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybridlm.ops import EVERY_TOKEN, backend, build_ops, conv1d, cross_entropy, gated_norm, kernels, recurrent, rms_norm, ssd
+from hybridlm.ops import selective_scan as scan
 from hybridlm.ops.backend import can_fuse, lacking, pick, resolve
 from hybridlm.ops.conv1d.fused import refusal as conv1d_refusal
 from hybridlm.ops.ssd.fused import refusal as ssd_refusal
@@ -14,7 +15,9 @@ from hybridlm.ops.ssd.fused import refusal as ssd_refusal
 IMPLEMENTATIONS = {"eager": min, "fused": max, "naive": sum}  # any three functions
 WITHOUT_FUSED = {name: IMPLEMENTATIONS[name] for name in ("eager", "naive")}
 TABLES = {
-    "ssd": ssd.IMPLEMENTATIONS, "ssd_step": ssd.STEP_IMPLEMENTATIONS, "conv1d": conv1d.IMPLEMENTATIONS,
+    "ssd": ssd.IMPLEMENTATIONS, "ssd_step": ssd.STEP_IMPLEMENTATIONS,
+    "selective_scan": scan.IMPLEMENTATIONS, "selective_scan_step": scan.STEP_IMPLEMENTATIONS,
+    "conv1d": conv1d.IMPLEMENTATIONS,
     "gated_norm": gated_norm.IMPLEMENTATIONS, "rms_norm": rms_norm.IMPLEMENTATIONS,
     "cross_entropy": cross_entropy.IMPLEMENTATIONS, "recurrent": recurrent.IMPLEMENTATIONS,
 }  # fmt: skip
@@ -146,8 +149,11 @@ def test_building_the_operators_logs_what_was_chosen(machine, caplog):
     machine()
     with caplog.at_level(logging.INFO, "hybridlm"):
         ops = build_ops("auto")
-    assert ops.backends == dict.fromkeys(("ssd", "ssd_step", "conv1d"), "fused") | dict.fromkeys(ALL[3:], "eager")
-    assert "operators: ssd=fused, ssd_step=fused, conv1d=fused, recurrent=eager, gated_norm=eager, " in caplog.text
+    assert ops.backends == dict.fromkeys(ALL[:5], "fused") | dict.fromkeys(ALL[5:], "eager")
+    told = (
+        "operators: ssd=fused, ssd_step=fused, selective_scan=fused, selective_scan_step=fused, conv1d=fused, recurrent="
+    )
+    assert told in caplog.text
     assert build_ops("naive").backends == dict.fromkeys(ALL, "naive")
 
 
@@ -185,9 +191,12 @@ def test_the_operators_ask_before_they_call_a_kernel(machine):
     """On a machine that has all, with tensors of the CPU."""
     machine()
     x, dt, B = torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2), torch.zeros(1, 4, 1, 5)
+    state = torch.zeros(1, 5, 3)
     calls = [
         partial(ssd.ssd, x, dt, dt[0, 0], B, B),
         partial(ssd.ssd_step, x[:, 0], dt[:, 0], dt[0, 0], B[:, 0], B[:, 0], torch.zeros(1, 2, 3, 5)),
+        partial(scan.selective_scan, B[:, :, 0], B[:, :, 0], torch.zeros(5, 3), x[:, :, 0], x[:, :, 0]),
+        partial(scan.selective_scan_step, B[:, 0, 0], B[:, 0, 0], torch.zeros(5, 3), x[:, 0, 0], x[:, 0, 0], state),
         partial(conv1d.conv1d, torch.zeros(1, 4, 8), torch.zeros(8, 4)),
     ]
     for call in calls:

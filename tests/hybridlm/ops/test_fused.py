@@ -18,10 +18,13 @@ from torch.nn.functional import softplus
 
 from hybridlm import HybridLMForCausalLM
 from hybridlm.ops import conv1d as conv1d_op
+from hybridlm.ops import selective_scan as scan_op
 from hybridlm.ops import ssd as ssd_op
 from hybridlm.ops.backend import lacking, told
 from hybridlm.ops.conv1d import fused as conv1d_fused
 from hybridlm.ops.conv1d import naive as conv1d_naive
+from hybridlm.ops.selective_scan import fused as scan_fused
+from hybridlm.ops.selective_scan import naive as scan_naive
 from hybridlm.ops.ssd import fused as ssd_fused
 from hybridlm.ops.ssd import naive as ssd_naive
 
@@ -47,10 +50,25 @@ def state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplu
     assert not any(m.requires_grad for m in (state, x, dt, A, B, C, D)) or not torch.is_grad_enabled()
     assert x.shape == dt.shape == (b, h, p) and A.shape == (h, p, n) and D.shape == dt_bias.shape == (h, p)
     assert B.shape == C.shape and not dt_softplus and z is None and state_batch_indices is None
+    if h == 1:  # Mamba-1's: a step size for each channel, a decay for each element
+        y, after = scan_naive.selective_scan_step(x[:, 0], (dt + dt_bias)[:, 0], A[0], B[:, 0], C[:, 0], state[:, 0], D=D[0])
+        state.copy_(after[:, None])
+        return y[:, None]
     assert A.stride(-1) == A.stride(-2) == dt.stride(-1) == dt_bias.stride(-1) == 0  # one of each a head: the fast way
     y, after = ssd_naive.ssd_step(x, dt[..., 0] + dt_bias[:, 0], A[:, 0, 0], B, C, state, D=D[:, 0])
     state.copy_(after)
     return y
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+    """mamba_ssm.ops.selective_scan_interface.selective_scan_fn: channels first, one dtype, no gradient of the last state."""
+    b, d, t = u.shape
+    assert delta.shape == u.shape and A.shape[0] == d and B.shape == C.shape == (b, A.shape[1], t) and A.shape[1] <= 256
+    assert u.dtype == delta.dtype == B.dtype == C.dtype and all(m.stride(-1) == 1 for m in (u, delta, B, C))
+    assert D is None or (D.shape == (d,) and D.is_contiguous())
+    assert z is None and delta_bias is None and not delta_softplus
+    y, state = scan_naive.selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D=D)
+    return (y.mT, state.detach()) if return_last_state else y.mT
 
 
 def check_layout(m):
@@ -97,14 +115,21 @@ def conv_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens
 def stand_ins(monkeypatch):
     scan = SimpleNamespace(mamba_chunk_scan_combined=chunk_scan)
     step = SimpleNamespace(selective_state_update=state_update)
+    interface = SimpleNamespace(selective_scan_fn=selective_scan, selective_scan_cuda=SimpleNamespace(fwd=None))
     conv = SimpleNamespace(causal_conv1d_fn=convolve, causal_conv1d_update=conv_update)
     triton = "mamba_ssm.ops.triton"
     parents = {name: ModuleType(name) for name in ("mamba_ssm", "mamba_ssm.ops", triton)}
+    parents["mamba_ssm.ops"].selective_scan_interface = interface
     modules = parents | {f"{triton}.ssd_combined": scan, f"{triton}.selective_state_update": step, "causal_conv1d": conv}
+    modules["mamba_ssm.ops.selective_scan_interface"] = interface
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+    scan_fused.fault.cache_clear()
+    yield
+    scan_fused.fault.cache_clear()
 
 
+KERNELS = ("ssd", "ssd_step", "selective_scan", "selective_scan_step", "conv1d")
 STAND_INS = SimpleNamespace(device="cpu", wide=torch.float64, narrow=torch.float64, tolerance=1e-9)
 STAND_INS.shape = {"h": 6, "g": 2, "p": 3, "n": 5, "q": 16}
 INTERPRETER = SimpleNamespace(device="cpu", wide=torch.float32, narrow=torch.float32, tolerance=1e-5)
@@ -311,6 +336,119 @@ def test_a_step_without_autograd_is_the_kernels(recording, stand_ins, monkeypatc
         conv1d_fused.conv1d(*of_conv1d[:3], initial_state=of_conv1d[3])
 
 
+def draw_scan(machine, t, b=2):
+    """x, dt, A, B, C, D, initial_state on the machine."""
+    d, n = 12, machine.shape["n"] if machine is STAND_INS else 16
+    generator = torch.Generator().manual_seed(t)
+    x, dt, B, C, D, state, A = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((b, t, d), (b, t, d), (b, t, n), (b, t, n), (d,), (b, d, n), (d, n))
+    )
+    x, B, C = (m.to(machine.narrow) for m in (x, B / n**0.5, C / n**0.5))
+    dt, A, D, state = (m.to(machine.wide) for m in (softplus(dt - 1), -4 * torch.sigmoid(A), D, state))
+    return [m.to(machine.device) for m in (x, dt, A, B, C, D, state)]
+
+
+def skip_without_extension():
+    if why := scan_fused.fault():
+        pytest.skip(f"mamba-ssm's CUDA extension selective_scan_cuda cannot be imported: {why}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(("t", "with_D"), [(1, True), (2, False), (37, True)])
+def test_selective_scan(t, with_D, with_state, packed, machine):
+    skip_without_extension()
+    inputs = draw_scan(machine, t)
+    inputs[5:] = [m if given else None for m, given in zip(inputs[5:], (with_D, with_state), strict=True)]
+    seq_idx = documents(t) if packed else None
+
+    def run(scan, place):
+        where = None if seq_idx is None else seq_idx.to(place)
+        return lambda x, dt, A, B, C, D, state: scan(x, dt, A, B, C, D=D, initial_state=state, seq_idx=where)
+
+    got = outputs_and_gradients(run(scan_fused.selective_scan, machine.device), inputs)
+    assert got[0].dtype == inputs[0].dtype and got[1].dtype == inputs[1].dtype
+    true = outputs_and_gradients(run(scan_naive.selective_scan, "cpu"), in_float64(inputs))
+    assert_near(got, true, machine.tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CUDA)
+def test_selective_scan_over_several_of_the_kernels_chunks(name):
+    if faults := lacking():
+        pytest.skip(f"missing here: {told(faults)}")
+    skip_without_extension()
+    machine, t = CUDA[name], 2 * scan_fused.CHUNK + 9
+    x, dt, A, B, C, D, state = draw_scan(machine, t)
+    given = {"D": D, "initial_state": state, "seq_idx": (documents(t) // 40).to(machine.device)}
+    y, final = scan_fused.selective_scan(x, dt, A, B, C, **given)
+    wide = {key: m if key == "seq_idx" else m.double() for key, m in given.items()}
+    true = scan_naive.selective_scan(*(m.double() for m in (x, dt, A, B, C)), **wide)
+    assert_near((y, final), [m.cpu() for m in true], machine.tolerance)
+
+
+@pytest.mark.parametrize("steep", [1e-6, 1e4])
+def test_documents_of_any_decay_are_apart_and_the_initial_state_is_whole(steep, stand_ins):
+    x, dt, A, B, C, D, state = draw_scan(STAND_INS, 23)
+    seq_idx = torch.arange(23) // 8 * 7 + torch.tensor([[3], [-5]])
+    A = A * steep
+    got = scan_fused.selective_scan(x, dt, A, B, C, D=D, initial_state=state, seq_idx=seq_idx)
+    assert_near(got, scan_naive.selective_scan(x, dt, A, B, C, D=D, initial_state=state, seq_idx=seq_idx), 1e-6)
+    first = seq_idx == seq_idx[:, :1]
+    changed = torch.where(first[..., None], x * 9 - 1, x)
+    again, last = scan_fused.selective_scan(changed, dt, A, B, C, D=D, initial_state=-state, seq_idx=seq_idx)
+    assert torch.equal(again[~first], got[0][~first]) and torch.equal(last, got[1])
+    assert not torch.equal(again, got[0])
+
+
+@pytest.mark.parametrize("with_D", [False, True])
+def test_a_step_of_the_scan_and_the_state_before_it_stays(with_D, machine):
+    inputs = [*one(draw_scan(machine, 3))]
+    if not with_D:
+        inputs[-1] = None
+    before = inputs[5].clone()
+    fused, naive = step(scan_fused.selective_scan_step), step(scan_naive.selective_scan_step)
+    assert_near(fused(*inputs), naive(*in_float64(inputs)), machine.tolerance)
+    assert torch.equal(inputs[5], before)
+    _, after = scan_fused.selective_scan_step(*inputs[:6], D=inputs[6], overwrite=True)
+    assert after is inputs[5] and not torch.equal(after, before)
+
+
+def test_a_step_of_the_scan_under_autograd_has_its_gradients(machine):
+    inputs = one(draw_scan(machine, 1))
+    fused, naive = step(scan_fused.selective_scan_step), step(scan_naive.selective_scan_step)
+    assert_near(outputs_and_gradients(fused, inputs), outputs_and_gradients(naive, in_float64(inputs)), machine.tolerance)
+
+
+@pytest.mark.parametrize("absent", ["nothing", "no module", "a stub", "none"])
+def test_without_the_cuda_extension_the_scan_says_so(absent, stand_ins, monkeypatch):
+    interface = sys.modules["mamba_ssm.ops"].selective_scan_interface
+    if absent == "no module":
+        monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", None)
+        monkeypatch.delattr(sys.modules["mamba_ssm.ops"], "selective_scan_interface")
+    elif absent != "nothing":
+        monkeypatch.setattr(interface, "selective_scan_cuda", None if absent == "none" else ModuleType("selective_scan_cuda"))
+    x, dt, _, B, *_ = (m.float() for m in draw_scan(STAND_INS, 3))
+    told = scan_fused.refusal(x, dt, B)
+    assert told is None if absent == "nothing" else "needs mamba-ssm with its CUDA extension selective_scan_cuda" in told
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "d", "n", "fault"),
+    [
+        (2, 9, 65535, 256, None),
+        (2, 9, 65536, 16, "up to 65,535 channels; got 16 and 65536"),
+        (2, 9, 64, 257, "up to 256 rows"),
+        (2, 2**20, 600, 16, "2^31"),
+    ],
+)
+def test_what_the_scans_kernel_takes(b, t, d, n, fault, stand_ins):
+    x, B = torch.empty(b, t, d, device="meta"), torch.empty(b, t, n, device="meta")
+    told = scan_fused.refusal(x, x, B)
+    assert told is None if fault is None else fault in told
+
+
 def draw_conv(machine, t, k, b=2, d=16):
     torch.manual_seed(0)
     x, weight, bias, state = torch.randn(b, t, d), torch.randn(d, k), torch.randn(d), torch.randn(b, k - 1, d)
@@ -412,14 +550,14 @@ def test_a_layout_that_the_kernel_reads_is_not_copied():
 def build(machine, tiny_config, monkeypatch):
     """Builds a small hybrid of the machine's shape, always with the same weights."""
     if machine is STAND_INS:  # nothing to resolve on this machine
-        for op in (ssd_op, conv1d_op):
+        for op in (ssd_op, scan_op, conv1d_op):
             monkeypatch.setattr(op, "pick", lambda op, implementations, backend, x, refusal: implementations[backend])
         monkeypatch.setattr("hybridlm.ops.backend.lacking", dict)
     h, g, p, n, q = machine.shape.values()
     # The convolution has a multiple of 8 channels, in_proj has not.
     shape = {"mamba_num_heads": h, "n_groups": g, "mamba_head_dim": p, "ssm_state_size": n + n % 2, "chunk_size": q}
     if machine is STAND_INS:
-        shape["mamba_head_dim"] = 4
+        shape |= {"mamba_head_dim": 4, "hybrid_override_pattern": "M-m*-M-"}
 
     def model(backend, device, dtype):
         torch.manual_seed(0)
@@ -437,8 +575,8 @@ def test_a_model_trains_and_generates_as_by_the_specification(build, machine, dr
     for backend, device, dtype in (("fused", machine.device, machine.narrow), ("naive", "cpu", torch.float64)):
         model = build(backend, device, dtype)
         if backend == "fused":
-            assert model.ops.backends == dict.fromkeys(("ssd", "ssd_step", "conv1d"), "fused") | dict.fromkeys(
-                ("gated_norm", "rms_norm", "cross_entropy"), "eager"
+            assert model.ops.backends == dict.fromkeys(KERNELS, "fused") | dict.fromkeys(
+                ("recurrent", "gated_norm", "rms_norm", "cross_entropy"), "eager"
             )
         loss = model(ids.to(device), targets=ids.roll(-1, 1).to(device), seq_idx=seq_idx.to(device)).loss
         loss.sum().backward()
