@@ -191,6 +191,14 @@ def test_pieces_that_hand_on_the_state_equal_the_whole(cut_at):
     assert_all_close((torch.cat(parts, 1), state), (y, final))
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_documents_are_apart_where_A_has_underflowed_to_0(name, cut):
+    cut(name)
+    inputs = draw(20)
+    inputs[2].zero_()
+    assert_all_close(*(results(inputs, seq_idx=documents(20), backend=backend) for backend in ("eager", "naive")))
+
+
 def error(a, b):
     return ((a.double() - b).abs().max() / b.abs().max()).item()
 
