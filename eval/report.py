@@ -25,6 +25,7 @@ from eval.throughput import TWIN
 from hybridlm import HybridLMConfig
 from hybridlm.data.sources import Source, split_source
 from hybridlm.output import quiet, write_json
+from hybridlm.pattern import RECURRENT
 from hybridlm.twin import count_parameters, transformer_twin
 
 COMPARED_BYTES = 2**18  # of validation text, for the models and their baselines: seconds of work on a laptop
@@ -196,8 +197,8 @@ def first_documents(documents: Iterable[str], limit: int) -> list[str]:
 def no_twin(folder: str) -> str | None:
     """Why the model has no Transformer twin; None where it has one."""
     config = HybridLMConfig.from_pretrained(folder) if is_ours(folder) else None
-    if config is None or "M" not in config.hybrid_override_pattern:
-        return "it is no hybrid."
+    if config is None or not RECURRENT & set(config.hybrid_override_pattern):
+        return "it is a Transformer itself."
     try:
         transformer_twin(config)
     except ValueError as error:

@@ -139,10 +139,11 @@ def largest_batch(config: HybridLMConfig, context: int, assumed: Assumptions) ->
     Raises:
         ValueError: a model that keeps nothing between tokens, so that any number has room.
     """
-    if not set(config.hybrid_override_pattern) & set("M*m"):
+    cache = cache_bytes(config, context, VALUE_BYTES[assumed.cache_precision])
+    if not cache:
         raise ValueError(f"{config.hybrid_override_pattern} keeps nothing between tokens: there is no largest batch.")
     room = GPUS[assumed.gpu].size * assumed.gpus * (1 - assumed.free) - weight_bytes(config)[assumed.precision]
-    return max(0, int(room // cache_bytes(config, context, VALUE_BYTES[assumed.cache_precision])))
+    return max(0, int(room // cache))
 
 
 def prefill_flops(config: HybridLMConfig, prompt: int) -> float:
@@ -160,7 +161,7 @@ def step_flops(config: HybridLMConfig, context: float) -> float:
 
 
 def step_bytes(config: HybridLMConfig, context: int, batch: int, assumed: Assumptions) -> float:
-    """Memory traffic of one token of each sequence: the weights, each cache; and Mamba-2's states written back."""
+    """Memory traffic of one token of each sequence: the weights, each cache; and recurrent states written back."""
     width = VALUE_BYTES[assumed.cache_precision]
     return read_bytes(config, batch, assumed) + batch * (cache_bytes(config, context, width) + cache_bytes(config, 0, width))
 

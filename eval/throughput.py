@@ -25,6 +25,7 @@ from eval.output import rows_table
 from eval.roofline import Assumptions, estimate
 from eval.workers import worker
 from hybridlm import HybridLMConfig
+from hybridlm.pattern import RECURRENT
 from hybridlm.twin import transformer_twin
 
 TWIN = " (Transformer twin)"
@@ -123,7 +124,7 @@ def find_contenders(models: list[str], twin: bool) -> dict[str, Contender]:
     for model in models:
         config = HybridLMConfig.from_pretrained(model) if is_ours(model) else None
         found[model] = Contender(model, config)
-        if twin and config is not None and "M" in config.hybrid_override_pattern:
+        if twin and config is not None and RECURRENT & set(config.hybrid_override_pattern):
             try:
                 found[model + TWIN] = Contender(model, transformer_twin(config), is_twin=True)
             except ValueError as error:

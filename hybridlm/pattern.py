@@ -5,6 +5,7 @@ SYMBOLS = {
     **{"r": "Elman RNN", "l": "LSTM", "g": "GRU", "m": "Mamba-1"},
 }
 NEMOTRON_H_SYMBOLS = frozenset("M*-E")  # what a stock `nemotron_h` model can hold
+RECURRENT = frozenset("rlgmM")  # what reads in one direction, and in a bidirectional model in both
 
 
 def evenly_dispersed(depth: int, n_attention: int) -> str:

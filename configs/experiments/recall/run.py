@@ -8,11 +8,8 @@ trained again.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from configs.experiments.trainings import facts, train_all
 from eval.longcontext import accuracy, ask, most_tokens
 from eval.models import open_model
 from eval.synthetic import FIRST_NAMES, TASKS, Question, Task, exact, mqar, phonebook, training_texts
@@ -209,24 +206,6 @@ def word_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerBase:
     return with_specials(backend)
 
 
-def train(file: Path) -> None:
-    """`python -m train` with one thread; the CPU seconds that it took are kept in a file beside the settings.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    kept = file.with_suffix(".seconds")
-    if kept.exists():
-        return
-    with file.with_suffix(".log").open("w") as log:
-        command = [sys.executable, "-m", "train", "--config", str(file)]
-        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed; see {log.name}.")
-    kept.write_text(f"{used.ru_utime + used.ru_stime:.0f}\n")
-
-
 def questions(task: Task, pairs: int, number: int) -> list[Question]:
     """The same for every model; the asked pair stands anywhere."""
     made = []
@@ -253,27 +232,13 @@ def results(out: Path) -> list[dict[str, Any]]:
     plan = [(name, model, seed) for name, e in EXPERIMENTS.items() for seed in range(e.seeds) for model in MODELS]
     for name in EXPERIMENTS:
         write_texts(out, name)
-    files = []
-    for name, model, seed in plan:
-        vocab_size = len(load_tokenizer(str(out / name / "tokenizer")))
-        values = run_config(out, name, model, seed, vocab_size)
-        files.append(Path(f"{values['run_dir']}.yaml"))
-        files[-1].write_text(yaml.safe_dump(values), encoding="utf-8")
-    with ThreadPoolExecutor(2) as pool:  # of processes: the threads only wait for them
-        list(tqdm(pool.map(train, files), desc="training", total=len(files), unit=" models"))
+    sizes = {name: len(load_tokenizer(str(out / name / "tokenizer"))) for name in EXPERIMENTS}
+    folders = train_all([run_config(out, name, model, seed, sizes[name]) for name, model, seed in plan])
     rows = []
-    for (name, model, seed), file in zip(plan, tqdm(files, desc="asking", unit=" models")):
-        folder = file.with_suffix("")
+    for (name, model, seed), folder in zip(plan, tqdm(folders, desc="asking", unit=" models")):
         for row in answers(str(folder / "model"), name, EXPERIMENTS[name].pairs):
             rows.append({"task": name, "model": model, "pattern": MODELS[model].pattern, "seed": seed, **row, **facts(folder)})
     return rows
-
-
-def facts(run_dir: Path) -> dict[str, Any]:
-    last = json.loads((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    shape = HybridLMConfig.from_pretrained(run_dir / "model")
-    seconds = int(run_dir.with_suffix(".seconds").read_text())
-    return {"parameters": count_parameters(shape), "tokens": last["tokens"], "steps": last["step"], "cpu_seconds": seconds}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], tuple[float, float]]:

@@ -150,9 +150,7 @@ def test_building_the_operators_logs_what_was_chosen(machine, caplog):
     with caplog.at_level(logging.INFO, "hybridlm"):
         ops = build_ops("auto")
     assert ops.backends == dict.fromkeys(ALL[:5], "fused") | dict.fromkeys(ALL[5:], "eager")
-    told = (
-        "operators: ssd=fused, ssd_step=fused, selective_scan=fused, selective_scan_step=fused, conv1d=fused, recurrent="
-    )
+    told = "operators: ssd=fused, ssd_step=fused, selective_scan=fused, selective_scan_step=fused, conv1d=fused, recurrent="
     assert told in caplog.text
     assert build_ops("naive").backends == dict.fromkeys(ALL, "naive")
 
