@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybridlm.auto import register_nemotron_h
+    from hybridlm.classification import HybridLMForSequenceClassification
     from hybridlm.configuration import HybridLMConfig
     from hybridlm.modeling import HybridLMForCausalLM, HybridLMModel
 
 __version__ = "0.1.0"
-__all__ = ["HybridLMConfig", "HybridLMForCausalLM", "HybridLMModel", "register_nemotron_h"]
+__all__ = ["HybridLMConfig", "HybridLMForCausalLM", "HybridLMForSequenceClassification", "HybridLMModel", "register_nemotron_h"]
 
 # transformers imports torchao where it is installed, which tells of kernels and types that nothing here uses.
 _NOISE = ("Failed to load ", "<enum 'KernelPreference'> is an Enum", "<enum 'ScaleCalculationMode'> is an Enum")

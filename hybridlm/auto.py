@@ -1,7 +1,8 @@
 """Registration with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hybridlm.classification import HybridLMForSequenceClassification
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.modeling import HybridLMForCausalLM, HybridLMModel
 
@@ -24,6 +25,7 @@ def register_hybridlm() -> None:
     AutoConfig.register("hybridlm", HybridLMConfig, exist_ok=True)
     AutoModel.register(HybridLMConfig, HybridLMModel, exist_ok=True)
     AutoModelForCausalLM.register(HybridLMConfig, HybridLMForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(HybridLMConfig, HybridLMForSequenceClassification, exist_ok=True)
 
 
 def register_nemotron_h() -> None:

@@ -10,6 +10,7 @@ from hybridlm.configuration import HybridLMConfig
 from hybridlm.flops import layer_flops, training_flops
 from hybridlm.fp8 import EDGE, MULTIPLE
 from hybridlm.memory import NODE, Plan, group_bytes
+from hybridlm.pattern import GATES
 from hybridlm.twin import count_parameters, parameters_by_kind
 
 SUSTAINED = 400e12  # FLOP/s of a GPU: 40% of an H100's bf16 peak. fp8 is not counted as faster.
@@ -50,14 +51,15 @@ def matrices(config: HybridLMConfig) -> dict[str, list[tuple[int, int]]]:
     latent, shared = c.moe_latent_size, c.moe_shared_expert_intermediate_size
     size = d if latent is None else latent
     experts = [(c.moe_intermediate_size, size), (size, c.moe_intermediate_size)] * c.n_routed_experts
-    return {
+    of_kind = {
         "M": [(inner + c.mamba_conv_size + c.mamba_num_heads, d), (d, inner)],
         "*": [(query, d), (key, d), (key, d), (d, query)],
         "-": [(c.intermediate_size, d), (d, c.intermediate_size)],
-        **{symbol: [(d, c.recurrent_state_size)] for symbol in "rlg"},  # the cell's are no linear layers
+        **{symbol: [(d, c.recurrent_state_size)] for symbol in GATES},  # the cell's are no linear layers
         "m": [(2 * inner, d), (rank + 2 * c.ssm_state_size, inner), (inner, rank), (d, inner)],
         "E": [*experts, (shared, d), (d, shared), *([] if latent is None else [(latent, d), (d, latent)])],
     }
+    return {symbol: c.directions(symbol) * sizes + c.merge_sizes(symbol) for symbol, sizes in of_kind.items()}
 
 
 def communication(config: HybridLMConfig, plan: Plan, steps: int | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hybridlm.pattern import NEMOTRON_H_SYMBOLS, SYMBOLS, evenly_dispersed, unknown_symbols
+from hybridlm.pattern import NEMOTRON_H_SYMBOLS, RECURRENT, SYMBOLS, evenly_dispersed, unknown_symbols
 
 # Other spellings of our fields in published configs.
 SYNONYMS = {
@@ -32,6 +32,7 @@ MOE_SIZES = (
 )
 MOE_FIELDS = frozenset([*MOE_SIZES, "moe_latent_size", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor"])
 NO_LIMIT = [0.0, math.inf]
+CLASSIFIER = "HybridLMForSequenceClassification"
 LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 
 
@@ -66,6 +67,9 @@ class HybridLMConfig(PreTrainedConfig):
         recurrent_size: width of the state of `r`, `l` and `g`; None: hidden_size. rnn_activation: of `r`, tanh or relu.
         lstm_forget_bias: of `l` at initialisation: with 1, a state begins with keeping 73% of itself at each token.
         rope_theta: base of the rotary position embedding; None, as in Nemotron-H, for no position embedding.
+        bidirectional: "sum" or "concat" for a model in which every token sees its whole document, for classification alone: each
+            recurrent layer has a second mixer that reads from the end, and what the two give is added, or put side by side and
+            projected back; attention has no causal mask. None: a causal model.
 
     Raises:
         ValueError: one message with every fault.
@@ -126,6 +130,7 @@ class HybridLMConfig(PreTrainedConfig):
     rnn_activation: str = "tanh"
     lstm_forget_bias: float = 1.0
     time_step_rank: int | None = None
+    bidirectional: str | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("num_hidden_layers", None)  # the pattern's length
@@ -161,14 +166,25 @@ class HybridLMConfig(PreTrainedConfig):
     def is_nemotron_h(self) -> bool:
         """Whether stock transformers' `nemotron_h` can hold this model.
 
-        It knows no RoPE and no bias in attention, and ignores `time_step_limit`.
+        It knows no RoPE and no bias in attention, ignores `time_step_limit`, reads in one direction and classifies nothing.
         """
         attention = self.rope_theta is None and not self.attention_bias
         return (
             set(self.hybrid_override_pattern) <= NEMOTRON_H_SYMBOLS
             and (attention or "*" not in self.hybrid_override_pattern)
             and list(self.time_step_limit) == NO_LIMIT
+            and self.bidirectional is None
+            and self.architectures != [CLASSIFIER]
         )
+
+    def directions(self, symbol: str) -> int:
+        """Mixers in a layer of this kind."""
+        return 2 if self.bidirectional is not None and symbol in RECURRENT else 1
+
+    def merge_sizes(self, symbol: str) -> list[tuple[int, int]]:
+        """(rows, columns) of the projection by which "concat" makes one of two directions; none in other layers."""
+        concat = self.bidirectional == "concat" and symbol in RECURRENT
+        return [(self.hidden_size, 2 * self.hidden_size)] * concat
 
     @classmethod
     def from_strict_dict(cls, values: dict[str, Any]) -> "HybridLMConfig":
@@ -299,6 +315,8 @@ def _faults(c: HybridLMConfig) -> list[str]:
         faults.append(f"rope_theta must be a finite number above 0 and head_dim even; got {c.rope_theta!r} and {c.head_dim}.")
     if not _is_size_or_none(c.time_step_rank):
         faults.append(f"time_step_rank must be null or a whole number of at least 1 and below 2**31; got {c.time_step_rank!r}.")
+    if c.bidirectional not in (None, "sum", "concat"):
+        faults.append(f"bidirectional must be 'sum', 'concat' or null; got {c.bidirectional!r}.")
     if not c.time_step_min <= c.time_step_max:
         faults.append(f"time_step_min must not exceed time_step_max; got {c.time_step_min} and {c.time_step_max}.")
     limit = c.time_step_limit

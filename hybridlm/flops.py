@@ -8,7 +8,7 @@ utilisation is comparable between machines.
 import copy
 
 from hybridlm.configuration import HybridLMConfig
-from hybridlm.pattern import SYMBOLS
+from hybridlm.pattern import GATES, SYMBOLS
 
 CHUNK = 128
 
@@ -16,14 +16,17 @@ CHUNK = 128
 def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> dict[str, float]:
     """FLOPs per token of a forward pass over `seq_len` positions, by kind: linear, attention, ssd, scan, conv, head.
 
-    Attention counts the keys that the causal mask lets through: (seq_len + 1) / 2 on average. A chunk of SSD is a full
-    matrix product, as every implementation runs it. The scan has three multiply-adds for each element of the state: decay,
-    input and read-out; the exponential is none. Of the experts, those that a token goes to count.
+    Attention counts the keys that the causal mask lets through, (seq_len + 1) / 2 on average; all, in a bidirectional model. Of
+    such a model both directions count, and the head is still that of a language model. A chunk of SSD is a full matrix product,
+    as every implementation runs it. The scan has three multiply-adds for each element of the state: decay, input and read-out;
+    the exponential is none. Of the experts, those that a token goes to count.
     """
     c = config
     inner, conv, n = c.mamba_inner_size, c.mamba_conv_size, c.ssm_state_size
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    layers = {symbol: c.hybrid_override_pattern.count(symbol) for symbol in SYMBOLS}
+    layers = {symbol: c.hybrid_override_pattern.count(symbol) * c.directions(symbol) for symbol in SYMBOLS}
+    merged = sum(rows * columns for symbol in c.hybrid_override_pattern for rows, columns in c.merge_sizes(symbol))
+    keys = (seq_len + 1) / 2 if c.bidirectional is None else seq_len
     mamba, attention = layers["M"], layers["*"]
     d, latent, h = c.hidden_size, c.moe_latent_size, c.recurrent_state_size
     weights = {
@@ -34,14 +37,14 @@ def forward_flops(config: HybridLMConfig, seq_len: int, chunk: int = CHUNK) -> d
         + 2 * d * c.moe_shared_expert_intermediate_size
         + c.num_experts_per_tok * 2 * (latent or d) * c.moe_intermediate_size
         + (0 if latent is None else 2 * d * latent),
-        **{symbol: gates * h * (d + h) + h * d for symbol, gates in {"r": 1, "l": 4, "g": 3}.items()},
+        **{symbol: gates * h * (d + h) + h * d for symbol, gates in GATES.items()},
         "m": 3 * d * inner + inner * (2 * c.mamba_rank + 2 * n),
     }
     # C B^T per group, the masked product with x per head, the state's update and its read-out.
     ssd = c.n_groups * chunk * n + inner * chunk + 2 * inner * n
     return {
-        "linear": 2.0 * sum(layers[symbol] * weights[symbol] for symbol in layers),
-        "attention": 2.0 * attention * 2 * query * (seq_len + 1) / 2,
+        "linear": 2.0 * (sum(layers[symbol] * weights[symbol] for symbol in layers) + merged),
+        "attention": 2.0 * attention * 2 * query * keys,
         "ssd": 2.0 * mamba * ssd,
         "scan": 2.0 * layers["m"] * 3 * inner * n,
         "conv": 2.0 * (mamba * conv + layers["m"] * inner) * c.conv_kernel,

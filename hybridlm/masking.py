@@ -1,5 +1,6 @@
 """Padding and packed documents: from what a caller passes to what the layers of one pass share."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -86,27 +87,32 @@ def build_context(
             every = torch.arange(past + t, device=x.device)[None] if tokens is None else tokens.cumsum(1) - 1
             positions = every[:, past:]
             rotation = rotary(positions, config.head_dim, config.rope_theta)
-    return Context(not torch.is_grad_enabled(), past, seq_idx, documents, padding, mask, rotation, attentions)
+    context = Context(not torch.is_grad_enabled(), past, seq_idx, documents, padding, mask, rotation, attentions)
+    return context if config.bidirectional is None else replace(context, reverse=context.reversed())
 
 
 def attention_mask(
     config: HybridLMConfig, x: Tensor, tokens: Tensor | None, seq_idx: Tensor | None, cache: HybridCache | None
 ) -> Any:
-    """What the attention implementation takes: causal, among the tokens of one document.
+    """What the attention implementation takes: causal, but in a bidirectional model, and among the tokens of one document.
 
     A query sees itself even at padding: a softmax over nothing would be NaN, and reach the gradients.
 
     Raises:
-        ValueError: the attention implementation has no mask, and this input needs one.
+        ValueError: the attention implementation has no mask, and this input needs one; or is not for both directions.
     """
     kind, t, past = config._attn_implementation, x.shape[1], 0 if cache is None else cache.seen
+    both = config.bidirectional is not None
+    if both and kind not in ("sdpa", "eager"):
+        raise ValueError(f"a bidirectional model takes attn_implementation 'sdpa' or 'eager'; got {kind!r}.")
     plain = tokens is None and seq_idx is None
     if kind == "sdpa" and tokens is None and (past == 0 or t == 1):
-        return None  # plainly causal, each document by itself
+        return None  # plainly causal, or all of it, each document by itself
     if kind in ("sdpa", "eager"):  # as create_causal_mask gives, at a fraction of its time
-        mask = torch.ones(t, past + t, dtype=torch.bool, device=x.device).tril(past)[None]
+        every = torch.ones(t, past + t, dtype=torch.bool, device=x.device)[None]
+        mask = every if both else every.tril(past)
         if tokens is not None:
-            itself = torch.ones_like(mask).tril(past).triu(past)
+            itself = every.tril(past).triu(past)
             mask = mask & tokens[:, None] | itself
         elif seq_idx is not None:
             mask = mask & (seq_idx[:, :, None] == seq_idx[:, None])

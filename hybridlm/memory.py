@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.ops.cross_entropy.eager import block_rows
 from hybridlm.ops.selective_scan.eager import BLOCK
-from hybridlm.pattern import SYMBOLS
-from hybridlm.twin import count_parameters, parameters_by_kind
+from hybridlm.pattern import GATES, SYMBOLS
+from hybridlm.twin import cell_parameters, count_parameters, parameters_by_kind
 
 GIB = 2**30
 MARGIN = 0.10  # share of a GPU's memory that must stay free for the allocator, CUDA and NCCL
@@ -57,8 +57,11 @@ def weight_bytes(config: HybridLMConfig) -> dict[str, int]:
 
 def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> int:
     """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba layer the
-    last inputs of the convolution, and a state that is fp32 whatever the rest is, as those of the classical recurrences are."""
+    last inputs of the convolution, and a state that is fp32 whatever the rest is, as those of the classical recurrences are. A
+    bidirectional model keeps nothing."""
     c = config
+    if c.bidirectional is not None:
+        return 0
     attention = 2 * c.num_key_value_heads * c.head_dim * context * value_bytes
     state = c.mamba_inner_size * c.ssm_state_size * 4
     mamba, mamba_1 = ((c.conv_kernel - 1) * size * value_bytes + state for size in (c.mamba_conv_size, c.mamba_inner_size))
@@ -107,7 +110,9 @@ def block_activations(config: HybridLMConfig, symbol: str, w: int, seq_len: int)
         # its bias and after softplus.
         "m": w * (6 * inner + c.mamba_rank + 2 * n) + 4 * inner * n / min(BLOCK, seq_len) + 8 * inner,
     }
-    return 4 * d + w * d + 4 + of_kind[symbol]  # the norm's input, its result, its scale
+    both = w * d if c.directions(symbol) == 2 else 0  # the reverse of the norm's result; "concat" keeps what it puts together
+    kept = c.directions(symbol) * of_kind[symbol] + both + w * sum(columns for _, columns in c.merge_sizes(symbol))
+    return 4 * d + w * d + 4 + kept  # the norm's input, its result, its scale
 
 
 def block_work(config: HybridLMConfig, symbol: str, w: int, seq_len: int) -> float:
@@ -143,19 +148,15 @@ def activation_bytes(config: HybridLMConfig, plan: Plan) -> float:
 
 def wide_parameters(config: HybridLMConfig) -> dict[str, int]:
     """Parameters of a layer of each kind that are fp32 in any precision: all but the matrices of products."""
-    c, kinds = config, parameters_by_kind(config)
+    c = config
     wide = {
         "M": c.mamba_conv_size * (c.conv_kernel + c.use_conv_bias) + 3 * c.mamba_num_heads + c.mamba_inner_size,
         "E": c.n_routed_experts * c.hidden_size,
         # What recurs is computed in fp32: all but the projection behind it.
-        **{
-            symbol: kinds[symbol] - (c.recurrent_state_size + 1 + c.use_bias) * c.hidden_size
-            for symbol in "rlg"
-            if symbol in kinds
-        },
+        **{symbol: cell_parameters(c, symbol) for symbol in GATES},
         "m": c.mamba_inner_size * (c.conv_kernel + c.use_conv_bias + 2 + c.ssm_state_size),
     }
-    return {symbol: wide.get(symbol, 0) + c.hidden_size for symbol in set(c.hybrid_override_pattern)}
+    return {symbol: c.directions(symbol) * wide.get(symbol, 0) + c.hidden_size for symbol in set(c.hybrid_override_pattern)}
 
 
 def group_bytes(config: HybridLMConfig, w: int) -> dict[str, int]:

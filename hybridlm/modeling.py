@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hybridlm.cache import HybridCache
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.masking import build_context, find_tokens
-from hybridlm.mixers import MIXERS
+from hybridlm.mixers import build_mixer
 from hybridlm.mixers.context import Context
 from hybridlm.mixers.parts import Linear, RMSNorm
 from hybridlm.ops import Ops, build_ops
@@ -37,7 +37,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: HybridLMConfig, symbol: str, ops: Ops):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, ops)
-        self.mixer = MIXERS[symbol](config, ops)
+        self.mixer = build_mixer(symbol, config, ops)
 
     def forward(self, x: Tensor, context: Context, *state: Tensor) -> tuple[Tensor, ...]:
         piece = max(1, CPU_PIECE // x.shape[0])
@@ -56,7 +56,7 @@ class Block(GradientCheckpointingLayer):
 class HybridLMModel(HybridLMPreTrainedModel):
     """The stack without its head. `backend` as in `HybridLMForCausalLM`."""
 
-    _keys_to_ignore_on_load_unexpected = [*HybridLMPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [*HybridLMPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\.", r"^score\."]
 
     def __init__(self, config: HybridLMConfig, backend: str = "auto", ops: Ops | None = None):
         super().__init__(config)
@@ -93,13 +93,15 @@ class HybridLMModel(HybridLMPreTrainedModel):
                 anywhere: tokens are as if it were not there, and it gives again what the token before it gave.
             seq_idx: (b t) the document of each token, rising along t. Nothing passes from one document to the next.
             past_key_values: the cache of earlier calls, which this call moves on.
-            use_cache: whether to start one; by default as `config.use_cache` says, but not in training mode.
+            use_cache: whether to start one; by default as `config.use_cache` says, but not in training mode. A bidirectional
+                model has none.
             output_hidden_states: gives what entered each layer (b t d), and what left the last norm.
             output_attentions: gives the weights (b h t s) of each attention layer; others than
                 attn_implementation="eager" keep none, and warn.
 
         Raises:
-            ValueError: an empty sequence, a token id past the vocabulary, a mask or seq_idx that breaks the above.
+            ValueError: an empty sequence, a token id past the vocabulary, a mask or seq_idx that breaks the above, a cache for a
+                bidirectional model.
         """
         c = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -117,7 +119,12 @@ class HybridLMModel(HybridLMPreTrainedModel):
         attentions: list[Tensor] | None = (
             [] if (c.output_attentions if output_attentions is None else output_attentions) else None
         )
-        if past_key_values is None and (c.use_cache and not self.training if use_cache is None else use_cache):
+        if c.bidirectional is not None and (past_key_values is not None or use_cache):
+            raise ValueError(
+                "a bidirectional model has no cache: what a token gives depends on those after it. Pass all at once."
+            )
+        default = c.use_cache and not self.training and c.bidirectional is None
+        if past_key_values is None and (default if use_cache is None else use_cache):
             past_key_values = HybridCache(len(self.layers))
         cache = past_key_values
         if cache is not None and (not isinstance(cache, HybridCache) or len(cache) != len(self.layers)):
@@ -176,15 +183,44 @@ class Head(Linear):
         return super().forward(hidden) if targets is None else self.loss(hidden, self.weight, targets)
 
 
+def check_targets(targets: Tensor, hidden: Tensor, count: int, among: str) -> None:
+    """
+    Args:
+        count: numbers that a target can be, which `among` (with a place for it) calls by name.
+
+    Raises:
+        ValueError: not int64 or int32, not of the shape of `hidden` (b t d), or a number that is none of them and not IGNORE.
+    """
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels and targets must be of int64 or int32; got {targets.dtype}.")
+    if targets.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"labels and targets must have the shape of the input, {tuple(hidden.shape[:2])}; got {tuple(targets.shape)}."
+        )
+    bad = targets[((targets < 0) | (targets >= count)) & (targets != IGNORE)]
+    if len(bad):
+        raise ValueError(f"target {bad[0].item()} is outside the {among.format(count)}, and not {IGNORE} (no target).")
+
+
 class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
     """The language model. `backend` picks the operators (`auto`, `eager`, `fused`, `naive`) and is never saved."""
 
     def __init__(self, config: HybridLMConfig, backend: str = "auto"):
         super().__init__(config)
+        if config.bidirectional is not None:
+            raise ValueError(
+                f"bidirectional={config.bidirectional!r} is for classification (data.label_column): a language model would see "
+                "the tokens that it is to predict. Set bidirectional: null."
+            )
         self.ops = build_ops(backend)
         self.backbone = HybridLMModel(config, ops=self.ops)
         self.lm_head = Head(config.hidden_size, config.vocab_size, self.ops)
         self.post_init()
+
+    @property
+    def head(self) -> nn.Linear:
+        """What comes after the backbone, whatever the task."""
+        return self.lm_head
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -242,14 +278,14 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if targets is not None:
-            self.check_targets(targets, hidden)
+            check_targets(targets, hidden, self.config.vocab_size, "vocabulary of {} (vocab_size)")
             loss = self.lm_head(hidden, targets)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if labels is None:
                 logits = self.lm_head(hidden[:, keep]).float()
             else:
-                self.check_targets(labels, hidden)
+                check_targets(labels, hidden, self.config.vocab_size, "vocabulary of {} (vocab_size)")
                 every = self.lm_head(hidden).float()
                 loss, logits = self.label_loss(every, labels, num_items_in_batch), every[:, keep]
         output = CausalLMOutputWithPast(
@@ -268,20 +304,6 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         items = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         nats = cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten().long(), ignore_index=IGNORE, reduction="sum")
         return nats / torch.as_tensor(items, device=nats.device).clamp(min=1)  # no target at all: 0
-
-    def check_targets(self, targets: Tensor, hidden: Tensor) -> None:
-        if targets.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"labels and targets must be of int64 or int32; got {targets.dtype}.")
-        if targets.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"labels and targets must have the shape of the input, {tuple(hidden.shape[:2])}; got {tuple(targets.shape)}."
-            )
-        bad = targets[((targets < 0) | (targets >= self.config.vocab_size)) & (targets != IGNORE)]
-        if len(bad):
-            raise ValueError(
-                f"target {bad[0].item()} is outside the vocabulary of {self.config.vocab_size} (vocab_size), "
-                f"and not {IGNORE} (no target)."
-            )
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As transformers' own, which would meet an empty prompt or a mask of another shape later, or not at all.

@@ -5,6 +5,7 @@ SYMBOLS = {
     **{"r": "Elman RNN", "l": "LSTM", "g": "GRU", "m": "Mamba-1"},
 }
 NEMOTRON_H_SYMBOLS = frozenset("M*-E")  # what a stock `nemotron_h` model can hold
+GATES = {"r": 1, "l": 4, "g": 3}  # products of the input, and of the state before it, that a cell takes
 RECURRENT = frozenset("rlgmM")  # what reads in one direction, and in a bidirectional model in both
 
 

@@ -1,6 +1,7 @@
 """The Transformer twin: what a hybrid is compared with."""
 
 from hybridlm.configuration import HybridLMConfig
+from hybridlm.pattern import GATES
 
 
 def parameters_by_kind(config: HybridLMConfig) -> dict[str, int]:
@@ -28,10 +29,13 @@ def parameters_by_kind(config: HybridLMConfig) -> dict[str, int]:
         "*": 2 * d * (query + key) + c.attention_bias * (query + 2 * key + d),
         "-": _mlp(d, c.intermediate_size, c.mlp_bias),
         "E": c.n_routed_experts * (_expert(c) + d) + _shared(c),
-        **{symbol: _recurrent(c, gates) for symbol, gates in {"r": 1, "l": 4, "g": 3}.items()},
+        **{symbol: cell_parameters(c, symbol) + d * c.recurrent_state_size + c.use_bias * d for symbol in GATES},
         "m": mamba_1,
     }
-    layers = {symbol: of_kind[symbol] + d for symbol in dict.fromkeys(c.hybrid_override_pattern)}
+    layers = {
+        symbol: c.directions(symbol) * of_kind[symbol] + sum(rows * columns for rows, columns in c.merge_sizes(symbol)) + d
+        for symbol in dict.fromkeys(c.hybrid_override_pattern)
+    }
     return {"embedding": c.vocab_size * d, **layers, "norm": d, "head": c.vocab_size * d}
 
 
@@ -39,10 +43,10 @@ def _mlp(size: int, width: int, bias: bool) -> int:
     return 2 * size * width + bias * (width + size)
 
 
-def _recurrent(c: HybridLMConfig, gates: int) -> int:
-    """A cell with torch's two biases for each gate, and its way into the residual stream."""
-    d, n = c.hidden_size, c.recurrent_state_size
-    return gates * n * (d + n + 2) + n * d + c.use_bias * d
+def cell_parameters(c: HybridLMConfig, symbol: str) -> int:
+    """Of the cell of `r`, `l` or `g`, with torch's two biases for each gate."""
+    n = c.recurrent_state_size
+    return GATES[symbol] * n * (c.hidden_size + n + 2)
 
 
 def _expert(c: HybridLMConfig) -> int:
@@ -57,6 +61,8 @@ def _shared(c: HybridLMConfig) -> int:
 
 
 def count_parameters(config: HybridLMConfig) -> int:
+    """Of the language model; a classifier has num_labels x hidden_size in the place of the head, and of what a bidirectional
+    configuration says there is nothing but classifiers."""
     kinds = parameters_by_kind(config)
     return kinds["embedding"] + kinds["norm"] + kinds["head"] + sum(kinds[symbol] for symbol in config.hybrid_override_pattern)
 

@@ -1,4 +1,5 @@
-"""`*`: causal self-attention with grouped key-value heads (arXiv 2305.13245), and RoPE (arXiv 2104.09864) where configured."""
+"""`*`: self-attention, causal but in a bidirectional model, with grouped key-value heads (arXiv 2305.13245), and RoPE (arXiv
+2104.09864) where configured."""
 
 from functools import partial
 
@@ -20,11 +21,11 @@ class Attention(nn.Module):
     attention interface knows."""
 
     hands_on = False  # pieces behind a cache need a mask, which takes longer
-    is_causal = True
 
     def __init__(self, config: HybridLMConfig, ops: Ops):
         super().__init__()
         self.config, self.head_dim = config, config.head_dim
+        self.is_causal = config.bidirectional is None
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         query_size, key_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -42,7 +43,7 @@ class Attention(nn.Module):
             k, v = (m[:, :, : context.past + x.shape[1]] for m in kept)
         if self.config._attn_implementation == "sdpa":
             with without_autocast(x):  # q, k and v have its dtype, or a wider one on purpose
-                y = sdpa(q, k, v, context)
+                y = sdpa(q, k, v, context, self.is_causal)
             return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype)), kept
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         wanted = {"output_attentions": True} if context.attentions is not None else {}
@@ -69,16 +70,16 @@ def extend(kept: Tensor, new: Tensor, context: Context) -> Tensor:
     return kept
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """q (b h t d), k and v (b g s d) -> (b h t d): causal, or as the mask says; packed documents each by itself."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, context: Context, causal: bool = True) -> Tensor:
+    """q (b h t d), k and v (b g s d) -> (b h t d): causal or not, or as the mask says; packed documents each by itself."""
     q, k, v = (m.to(product_dtype(m)) for m in (q, k, v))
     if context.documents is not None:
-        attend = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        attend = partial(scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
         rows = zip(*(m.unbind() for m in (q, k, v)), context.documents, strict=True)
         parts = [[m.split(lengths, dim=1) for m in row] for *row, lengths in rows]
         return torch.stack([torch.cat([attend(*document) for document in zip(*row, strict=True)], dim=1) for row in parts])
     if q.shape[2] > 1 or context.mask is not None or q.element_size() < 4:
-        alone = context.mask is None and q.shape[2] > 1
+        alone = causal and context.mask is None and q.shape[2] > 1
         return scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=alone, enable_gqa=True)
     # One token: the heads of a group in one product with its keys, which are read once. Its scores would not be fp32 in bf16.
     by_group = q.reshape(*k.shape[:2], -1, q.shape[-1]) * q.shape[-1] ** -0.5

@@ -51,6 +51,7 @@ class Context:
         mask: what the attention implementation takes: boolean or additive (b 1 t s) over the s keys of cache and call together,
             a block mask; None: causal.
         rotary: cosine and sine (b t head_dim) of the positions, or None without RoPE.
+        reverse: in a bidirectional model the same for the rows read from their ends, for mixers without attention.
         attentions: attention layers put their weights (b h t s) here, where the list is wanted.
     """
 
@@ -62,6 +63,7 @@ class Context:
     mask: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
     attentions: list[Tensor] | None = None
+    reverse: "Context | None" = None
 
     def to(self, device, non_blocking: bool = False) -> "Context":
         """For layers that are spread over devices: accelerate's hooks call it, as they call it of a tensor."""
@@ -72,7 +74,18 @@ class Context:
             return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
 
         padding = None if self.padding is None else Padding(*(move(getattr(self.padding, f.name)) for f in fields(Padding)))
-        return replace(self, seq_idx=move(self.seq_idx), padding=padding, mask=move(self.mask), rotary=move(self.rotary))
+        reverse = None if self.reverse is None else self.reverse.to(device, non_blocking)
+        moved = {name: move(getattr(self, name)) for name in ("seq_idx", "mask", "rotary")}
+        return replace(self, padding=padding, reverse=reverse, **moved)
+
+    def reversed(self) -> "Context":
+        """For the rows read from their ends, where documents are numbered from there."""
+        return Context(
+            self.inference,
+            seq_idx=None if self.seq_idx is None else self.seq_idx[:, -1:] - self.seq_idx.flip(1),
+            documents=None if self.documents is None else [lengths[::-1] for lengths in self.documents],
+            padding=None if self.padding is None else Padding.where(self.padding.absent.flip(1)),
+        )
 
 
 def pick(x: Tensor, positions: Tensor) -> Tensor:

@@ -36,5 +36,6 @@ def test_registering_nemotron_h_makes_the_auto_classes_return_ours(auto_classes,
 
 
 def test_the_names_of_the_contract_are_there():
-    for name in ("HybridLMConfig", "HybridLMForCausalLM", "HybridLMModel", "register_nemotron_h"):
+    models = ("HybridLMForCausalLM", "HybridLMForSequenceClassification", "HybridLMModel")
+    for name in ("HybridLMConfig", *models, "register_nemotron_h"):
         assert name in hybridlm.__all__ and hasattr(hybridlm, name)

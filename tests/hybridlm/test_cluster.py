@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMModel
 from hybridlm.cluster import NIC, NVLINK, SUSTAINED, communication, matrices, sent_bytes, step_flops
 from hybridlm.flops import forward_flops, training_flops
 from hybridlm.fp8 import convert, linear_class
@@ -60,6 +60,16 @@ def test_matrices_are_those_of_the_model(file):
     with torch.device("meta"):
         model = HybridLMForCausalLM(config)
     for symbol, block in zip(config.hybrid_override_pattern, model.backbone.layers, strict=True):
+        built = [tuple(m.weight.shape) for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        assert sorted(matrices(config)[symbol]) == sorted(built), symbol
+
+
+@pytest.mark.parametrize("bidirectional", ["sum", "concat"])
+def test_matrices_of_both_directions(bidirectional):
+    config = HybridLMConfig.from_strict_dict(load_yaml("configs/model/tiny.yaml") | {"bidirectional": bidirectional})
+    with torch.device("meta"):
+        model = HybridLMModel(config)
+    for symbol, block in zip(config.hybrid_override_pattern, model.layers, strict=True):
         built = [tuple(m.weight.shape) for m in block.modules() if isinstance(m, torch.nn.Linear)]
         assert sorted(matrices(config)[symbol]) == sorted(built), symbol
 

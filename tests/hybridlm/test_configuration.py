@@ -50,6 +50,7 @@ def test_all_broken_relations_come_in_one_message(tiny_config):
         {"time_step_limit": [0.1]},
         {"rope_theta": -1.0},
         {"rope_theta": "10000"},
+        {"bidirectional": "both"},
         {"time_step_limit": None},
         {"time_step_limit": ["a", "b"]},
         {"use_bias": "no"},
@@ -148,6 +149,7 @@ def test_derived_widths_do_not_use_expand(tiny_config):
 CHANGES = [
     {},
     {"rope_theta": 5000.0},
+    {"bidirectional": "concat"},
     {"time_step_limit": (0.01, 0.5)},
     {"time_step_limit": (0.01, math.inf), "rope_theta": 1e4},
     {"time_step_min": 0.02, "pad_token_id": None, "bos_token_id": None, "eos_token_id": [3, 4]},

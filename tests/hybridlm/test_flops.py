@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridlm import HybridLMModel
 from hybridlm.flops import forward_flops, peak_flops, training_flops
 from hybridlm.ops import precision
 
@@ -50,6 +51,17 @@ def test_the_scan_counts_three_multiply_adds_for_each_element_of_its_state(tiny_
     # Of the three the read-out is a matrix product.
     assert (counted["scan"] / 3 + counted["ssd"]) * CHUNK == ran[aten.bmm]
     assert counted["conv"] == 2 * 4 * (2 * 48 + 68)
+
+
+@pytest.mark.parametrize("bidirectional", ["sum", "concat"])
+@pytest.mark.parametrize(("b", "t"), [(1, CHUNK), (2, 3 * CHUNK)])
+def test_both_directions_count_as_the_operators_run(bidirectional, b, t, tiny_config):
+    model = HybridLMModel(tiny_config(chunk_size=CHUNK, bidirectional=bidirectional)).eval()
+    counted, ran = forward_flops(model.config, t, chunk=CHUNK), operators_flops(model, b, t)
+    assert counted["linear"] * b * t == ran[aten.mm] + ran.get(aten.addmm, 0)
+    assert counted["ssd"] * b * t == ran.get(aten.bmm, 0)
+    assert counted["conv"] == 2 * forward_flops(tiny_config(), t)["conv"]
+    assert counted["attention"] * (t + 1) == 2 * t * forward_flops(tiny_config(), t)["attention"]
 
 
 def test_biases_do_not_count(tiny_model):

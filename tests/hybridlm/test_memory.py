@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybridlm import HybridLMConfig
+from hybridlm import HybridLMConfig, HybridLMModel
 from hybridlm.cache import HybridCache
 from hybridlm.memory import (
     GIB,
@@ -80,7 +80,7 @@ def test_cache_bytes_are_those_of_a_real_cache(pattern, length, tiny_model, draw
         assert cache_bytes(model.config, length, size) == cache.nbytes()
 
 
-def bytes_kept(block, x):
+def bytes_kept(block, x, context=Context()):  # noqa: B008
     """What autograd keeps of a block's forward pass; parameters and autocast's copies of them left out."""
     weights, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
     copies = {tuple(s) for p in block.parameters() if p.ndim == 2 for s in (p.shape, p.T.shape)}
@@ -92,7 +92,7 @@ def bytes_kept(block, x):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        block(x, Context())
+        block(x, context)
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
@@ -105,6 +105,18 @@ def test_activations_are_what_autograd_keeps(changes, w, tiny_model, as_on_a_gpu
         with torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
             kept = bytes_kept(block, x)
         assert block_activations(model.config, symbol, w, 250) * 500 == pytest.approx(kept, rel=0.04), symbol
+
+
+@pytest.mark.parametrize("bidirectional", ["sum", "concat"])
+@pytest.mark.parametrize("w", [4, 2])
+def test_both_directions_keep_what_autograd_does(w, bidirectional, tiny_config, as_on_a_gpu):
+    config = tiny_config(**WIDE, bidirectional=bidirectional)
+    block = HybridLMModel(config, backend="eager").layers[0]
+    x = torch.randn(2, 250, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=w == 2):
+        kept = bytes_kept(block, x, Context(reverse=Context()))
+    assert block_activations(config, "M", w, 250) * 500 == pytest.approx(kept, rel=0.04)
+    assert cache_bytes(config, 1000) == 0
 
 
 @pytest.mark.filterwarnings(

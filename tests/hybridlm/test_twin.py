@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMForSequenceClassification
 from hybridlm.twin import active_parameters, count_parameters, transformer_twin
 
 SHAPES = Path(__file__).parents[2] / "configs" / "model"
@@ -82,6 +82,15 @@ def test_the_published_rules_hold(name):
 def test_the_count_follows_every_choice(changes, tiny_config):
     config = tiny_config(**changes)
     assert parameters_of_the_model(config) == count_parameters(config)
+
+
+@pytest.mark.parametrize("bidirectional", ["sum", "concat"])
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "*-", "ME"])
+def test_both_directions_are_counted_and_the_head_is_that_of_a_language_model(pattern, bidirectional, tiny_config):
+    config = tiny_config(hybrid_override_pattern=pattern, bidirectional=bidirectional, num_labels=5)
+    with torch.device("meta"):
+        own = sum(p.numel() for p in HybridLMForSequenceClassification(config).parameters())
+    assert own - 5 * config.hidden_size == count_parameters(config) - config.vocab_size * config.hidden_size
 
 
 @pytest.mark.parametrize("changes", [{}, {"moe_latent_size": 12}])
