@@ -69,8 +69,11 @@ def build_context(
     if seq_idx is not None:
         if tokens is not None:
             raise ValueError("pass padding (attention_mask) or documents (seq_idx), not both: padding can be a document.")
-        if past:
-            raise ValueError(f"seq_idx does not go with a cache that has seen {past} positions; start a new cache.")
+        if past and "*" in config.hybrid_override_pattern:
+            raise ValueError(
+                f"seq_idx does not go with a cache that has seen {past} positions where layers attend to them: these keys and "
+                "values know no documents. Start a new cache."
+            )
         check_seq_idx(seq_idx, b, t)
         if (seq_idx.diff() < 0).any():
             raise ValueError("seq_idx must never fall along a row: it numbers the documents in their order.")

@@ -1,8 +1,9 @@
 """The checkpoints of a run: whole or not there, checked when read, safetensors and JSON only.
 
-checkpoints/step-<n>/ holds `model/` (a `from_pretrained` folder), `optimizer.safetensors` (with the random state; several files
-where it is large), `state.json` and, written last, `manifest.json` with the sha256 of every other file. A folder appears under
-its name by one rename, after everything in it has reached the disk; it disappears by one before anything in it is deleted.
+checkpoints/step-<n>/ holds `model/` (a `from_pretrained` folder), `optimizer.safetensors` (with the random state, and the states
+that rows carry on; several files where it is large), `state.json` and, written last, `manifest.json` with the sha256 of every
+other file. A folder appears under its name by one rename, after everything in it has reached the disk; it disappears by one
+before anything in it is deleted.
 
 It is the same, byte for byte, whether one rank has the whole model or many share it (`group`: all ranks, over gloo; None: this
 process has everything), and any number of ranks can read it. `tensor_files` has what goes on between them.
@@ -26,12 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hybridlm.checkpoint import check_folder, check_shards
 from train import files, tensor_files
+from train.carried import PREFIX, Carried
 from train.ranks import together
 from train.tensor_files import Part, fingerprint, mismatch, part, place, split, stored
 
@@ -52,7 +55,7 @@ class Snapshot:
     """All of a checkpoint that this rank has, in memory.
 
     Attributes:
-        weights: the model's, by name. optimizer: its state by `parameter.slot`, and the random state.
+        weights: the model's, by name. optimizer: its state by `parameter.slot`, the random state, and what is carried on.
         state: JSON, the keys of STATE but for the fingerprint. sidecars: the other files of the model folder. Those of rank 0 are
             written.
     """
@@ -64,20 +67,26 @@ class Snapshot:
 
 
 def snapshot(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], sidecars: dict[str, bytes], copy: bool
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    sidecars: dict[str, bytes],
+    copy: bool,
+    carried: Carried | None = None,
 ) -> Snapshot:
     """The state of this moment, as far as this rank has it. With `copy` it stays so while training goes on; without, it is to be
     written at once."""
 
-    def keep(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-        parts = {name: part(tensor) for name, tensor in tensors.items()}
+    def keep(parts: dict[str, Part]) -> dict[str, Part]:
         return {name: Part(one.local.to("cpu", copy=copy), one.shape, one.shared) for name, one in parts.items()}
 
     rng = {"rng": torch.get_rng_state()}
     if next(model.parameters()).device.type == "cuda":
         rng["rng_cuda"] = torch.cuda.get_rng_state()
-    weights = keep(model.state_dict())  # first: with it FSDP2 puts shards back in the place of parameters that it has gathered
-    return Snapshot(weights, keep(_optimizer_tensors(_states(model, optimizer)) | rng), state, sidecars)
+    # First: with it FSDP2 puts shards back in the place of parameters that it has gathered.
+    weights = keep(_parts(model.state_dict()))
+    moments = _optimizer_tensors(_states(model, optimizer))
+    return Snapshot(weights, keep(_parts(moments | rng) | (carried.parts() if carried else {})), state, sidecars)
 
 
 def sidecars(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -152,27 +161,28 @@ def _finish(unfinished: Path, final: Path, small: dict[str, bytes], digests: dic
 
 
 def load(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: ProcessGroup | None = None
+    folder: Path, model: PreTrainedModel, optimizer: Optimizer, group: ProcessGroup | None = None, carried: Carried | None = None
 ) -> dict[str, Any]:
-    """Puts weights, optimiser state and random state back, and returns the rest. Nothing is changed before all is checked but the
-    bytes of the tensors: `newest` and `validate` have hashed them, and they are compared with what was saved once they are in
-    memory. A rank reads only what it has of the model, and what its parameters held is never looked at. All ranks of the group
-    must call it.
+    """Puts weights, optimiser state, random state and `carried` back, and returns the rest. Nothing is changed before all is
+    checked but the bytes of the tensors: `newest` and `validate` have hashed them, and they are compared with what was saved once
+    they are in memory. A rank reads only what it has of the model, and what its parameters held is never looked at. All ranks of
+    the group must call it.
 
     Raises:
         ValueError: a file is missing or altered, or tensors do not fit the model: all listed.
     """
-    state = together(group, lambda: _fill(folder, model, optimizer, group))[place(group)[0]]
-    tensors = (model.state_dict(), _optimizer_tensors(_states(model, optimizer)))
-    weights, moments = ({name: part(tensor) for name, tensor in some.items()} for some in tensors)
-    if _fingerprint(weights, moments, group) != state["fingerprint"]:
+    state = together(group, lambda: _fill(folder, model, optimizer, group, carried))[place(group)[0]]
+    weights, moments = _parts(model.state_dict()), _parts(_optimizer_tensors(_states(model, optimizer)))
+    if _fingerprint(weights, moments | (carried.parts() if carried else {}), group) != state["fingerprint"]:
         raise ValueError(
             f"what is in memory is not what was saved in {folder}: the memory or the disk of a machine may be at fault."
         )
     return state
 
 
-def _fill(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: ProcessGroup | None) -> dict[str, Any]:
+def _fill(
+    folder: Path, model: PreTrainedModel, optimizer: Optimizer, group: ProcessGroup | None, carried: Carried | None
+) -> dict[str, Any]:
     if faults := validate(folder, tensors=False):
         raise ValueError(f"{folder} is not a valid checkpoint: {'; '.join(faults)}.")
     try:
@@ -187,9 +197,13 @@ def _fill(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
     want = model.state_dict()  # first, as in `snapshot`
     states = _states(model, optimizer)
     moments = _optimizer_tensors(states)
-    if faults := [*mismatch("weights", want, weights), *mismatch("optimiser", moments | rng, rest)]:
+    rows = {name: one for name, one in rest.items() if carried and name.startswith(PREFIX)}
+    others = {name: one for name, one in rest.items() if name not in rows}
+    unfit = carried.unfit(rows) if carried else []
+    if faults := [*mismatch("weights", want, weights), *mismatch("optimiser", moments | rng, others), *unfit]:
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
-    tensor_files.read(weights | rest, want | moments | rng, group)
+    into = carried.make_room(rows, model.device) if carried else {}
+    tensor_files.read(weights | rest, want | moments | rng | into, group)
     for name, p in model.named_parameters():
         optimizer.state[p] = states[name]
     torch.set_rng_state(rng["rng"])
@@ -346,7 +360,7 @@ def _state_faults(folder: Path) -> list[str]:
     return faults
 
 
-def _states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def _states(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """AdamW's state by parameter; before the first update, while it has none, the zeros that it begins with."""
     return {name: optimizer.state[p] or _zeros(p) for name, p in model.named_parameters()}
 
@@ -358,6 +372,10 @@ def _zeros(p: Tensor) -> dict[str, Tensor]:
 def _optimizer_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """`parameter.slot`"""
     return {f"{name}.{slot}": value for name, state in states.items() for slot, value in state.items()}
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    return {name: part(tensor) for name, tensor in tensors.items()}
 
 
 def _fingerprint(weights: Mapping[str, Part], optimizer: Mapping[str, Part], group: ProcessGroup | None) -> str:

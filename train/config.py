@@ -78,6 +78,9 @@ class Data:
     """predictions in a training window, tokens"""
     packing: Literal["stream", "best-fit"] = "stream"
     """stream: documents end to end, cut where a window ends; best-fit: cut only where longer than a window, with some padding"""
+    carry_state: bool = False
+    """row i of each batch goes on in the text where row i of the batch before ended, and starts from the state that was left
+    there, detached: gradients reach seq_len positions back, the state any number. For patterns without attention"""
     streaming: bool = False
     """read and tokenise while training, and keep nothing: for a hub dataset too large for the disk. Not shuffled"""
     workers: Annotated[int, Field(ge=0)] = 0
@@ -252,6 +255,12 @@ def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:
     for i, weights in enumerate([] if wrong else blend_weights(data)):
         if not sum(weights):
             faults.append(f"data.blend: all weights of phase {i + 1} are 0; give at least one source some.")
+    if data.carry_state and len(data.blend or [0]) > 1:
+        faults.append(f"data.carry_state: it reads on in one source; got a data.blend of {len(data.blend or [])}.")
+    if data.carry_state and data.packing != "stream":
+        faults.append(f"data.carry_state: {data.packing} packing takes windows out of their order; set data.packing: stream.")
+    if data.carry_state and data.streaming:
+        faults.append("data.carry_state: rows read at places far apart, and data.streaming at one; set data.streaming: false.")
     if data.streaming and data.blend:
         faults.append("data.streaming: it reads one source; set data.source instead of data.blend.")
     if data.streaming and data.packing != "stream":

@@ -25,6 +25,7 @@ from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.strict_yaml import parse_yaml
 from train import checkpoint, files, launch, logs
 from train.card import model_card
+from train.carried import Carried
 from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
@@ -87,7 +88,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         set_seed(config.seed)
         shares = config.train.sharding == "fsdp2" and accelerator.num_processes > 1
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shares else None
-        sharing = patient_group() if mesh is not None else None  # of what goes on between ranks behind the training
+        # Of what goes on between ranks behind the training, where each has something of its own to save.
+        sharing = patient_group() if mesh is not None or (config.data.carry_state and accelerator.num_processes > 1) else None
         model = build_model(config, start_from, accelerator.device, mesh, sharing)
         tokenizer = build_tokenizer(config, model, start_from)
         opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
@@ -95,19 +97,20 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         held_out = [shards.meta["sha256"] for shards in validation]
         agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
         optimizer = adamw(model, config.optim)
+        carried = Carried(model.config.num_hidden_layers, rows, config.train.global_batch)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
         spikes, cursor = Spikes(config.train.spike_sigma, config.train.spike_window), {}
         if start_from is not None:
             if not allow_config_change:
                 check_shape(start_from, model)
-            state = checkpoint.load(start_from, model, optimizer, sharing)
+            state = checkpoint.load(start_from, model, optimizer, sharing, carried)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
             check_state(start_from, state, config, stream, held_out, allow_config_change)
         stream.seek(samples, cursor)
         everywhere(accelerator, lambda: claim(config, start_from, step, accelerator.num_processes) if main else None)
-        if mesh is not None:  # all write checkpoints there; else it would be seen at the first of them
+        if sharing is not None:  # all write checkpoints there; else it would be seen at the first of them
             seen = appears(run_dir / "config.yaml")
             agree(accelerator, {"rank 0's config.yaml is in run_dir (is that on a disk that all share?)": seen})
         rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -170,7 +173,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
                 state = {"step": step, "tokens": tokens, "spikes": spikes.state(), "validation": held_out, **position}
                 extra = sidecars | {"README.md": card.encode()}
-                shot = checkpoint.snapshot(bare, optimizer, state, extra, copy=config.train.checkpoint_async)
+                shot = checkpoint.snapshot(bare, optimizer, state, extra, config.train.checkpoint_async, carried)
                 saving = saver.submit(store, shot)
             if not config.train.checkpoint_async:
                 finish_saving()
@@ -195,7 +198,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 with nullcontext() if own else accelerator.no_sync(model):
                     with accelerator.autocast():  # not of backward: it would narrow once more what is fp32 on purpose
                         # The mean over all targets of the global batch; data-parallel wrappers average over ranks.
-                        part = loss(module, inputs).sum() / max(targets, 1)
+                        part = loss(module, carried.hand_on(i, inputs)).sum() / max(targets, 1)
                     accelerator.backward(part * accelerator.num_processes)
                 total += part.detach()
             return total
@@ -271,6 +274,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                     scale_weights(bare)
                 spikes.accept(nats)
             optimizer.zero_grad()
+            carried.advance()
             step += 1
             samples += config.train.global_batch
             tokens += config.train.global_batch * config.data.seq_len

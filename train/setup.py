@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from hybridlm import HybridLMConfig, HybridLMForCausalLM, fp8
 from hybridlm.checkpoint import check_folder, load_tokenizer
 from hybridlm.data.blend import Blend
+from hybridlm.data.lanes import Lanes
 from hybridlm.data.packing import BestFit
 from hybridlm.data.preparation import cache_folder, documents_to_shards, prepare
 from hybridlm.data.sampler import Sampler
@@ -47,6 +50,9 @@ def build_model(
 
     Args:
         mesh: the ranks that share it (train.sharding), and `group`, the same over gloo; None: it is whole.
+
+    Raises:
+        ValueError: no such folder, weights that do not fit, or attention in a model whose states are to be carried on.
     """
     folder = None
     if start_from is not None:
@@ -61,6 +67,11 @@ def build_model(
     else:
         assert isinstance(config.model.config, dict)
         shape = HybridLMConfig.from_strict_dict(config.model.config)
+    if config.data.carry_state and "*" in shape.hybrid_override_pattern:
+        raise ValueError(
+            f"data.carry_state: the pattern {shape.hybrid_override_pattern!r} has attention (*), whose keys and values would "
+            "grow with every step without end; take a pattern without it, or set data.carry_state: false."
+        )
     with torch.device("meta"):
         model = HybridLMForCausalLM(shape, backend=config.ops.backend).train()
     if config.train.precision == "fp8":
@@ -178,7 +189,9 @@ def open_blend(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
     pairs = [prepared(entry, data, tokenizer, quiet) for entry in entries]
     for shards, _ in pairs:
         _check_vocabulary(shards, vocab_size)
-    packed = {"stream": Sampler, "best-fit": BestFit}[data.packing]
+    packed: Callable[..., Sampler] = {"stream": Sampler, "best-fit": BestFit}[data.packing]
+    if data.carry_state:
+        packed = partial(Lanes, lanes=config.train.global_batch)
     samplers = [packed(shards, data.seq_len, config.seed, vocab_size) for shards, _ in pairs]
     borders = [round(share * config.train.steps) * config.train.global_batch for share in data.phases]
     # With data.val_source all sources come with the same validation.

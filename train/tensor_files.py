@@ -251,7 +251,7 @@ def mismatch(what: str, want: Mapping[str, Tensor], got: Mapping[str, Stored], c
 
 
 @torch.no_grad()
-def read(sources: Mapping[str, Stored], targets: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
+def read(sources: Mapping[str, Stored], targets: Mapping[str, Tensor | Part], group: ProcessGroup | None) -> None:
     """Fills tensors of these names, sharded or whole, from their files: of each only the rows that this rank has. What they held
     is never looked at.
 
@@ -262,7 +262,8 @@ def read(sources: Mapping[str, Stored], targets: Mapping[str, Tensor], group: Pr
     for path in sorted({sources[name].path for name in targets}):
         with _opened(path) as file:
             for name in (name for name in targets if sources[name].path == path):
-                one = part(targets[name])
+                target = targets[name]
+                one = target if isinstance(target, Part) else part(target)
                 if not one.shared:
                     one.local.copy_(file.get_tensor(name))
                     continue

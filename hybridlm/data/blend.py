@@ -70,7 +70,7 @@ class Blend:
         return next((i, m) for i, (m, n) in enumerate(zip(before, after, strict=True)) if m != n)
 
     def batch(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Samples start … stop - 1, stacked: `input_ids`, `targets` and `seq_idx`, each (b t) int64.
+        """Samples start … stop - 1, stacked: `input_ids`, `targets`, `seq_idx`, each (b t) int64; of lanes `continues` (b) too.
 
         Raises:
             ValueError: a token that the model does not have.

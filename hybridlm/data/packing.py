@@ -12,7 +12,6 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -119,7 +118,9 @@ class BestFit(Sampler):
     Padding repeats an end token, has a `seq_idx` of its own, and no targets.
     """
 
-    packing: ClassVar[str] = "best-fit"
+    @property
+    def packing(self) -> str:
+        return "best-fit"
 
     def __post_init__(self):
         _ = self.index  # made now, by the process that prepares data, and not by each that reads it

@@ -7,7 +7,7 @@ carried over into the next. Within an epoch the windows come in a shuffled order
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,11 @@ class Sampler:
     seq_len: int
     seed: int
     vocab_size: int
-    packing: ClassVar[str] = "stream"
+
+    @property
+    def packing(self) -> str:
+        """How documents come into windows, in the words by which a checkpoint knows it."""
+        return "stream"
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -109,14 +113,14 @@ def permute(i: int, size: int, key: int) -> int:
     while True:
         left, right = i >> half, i & low
         for turn in range(4):
-            left, right = right, left ^ (_mix(right + (turn << 48) + key * 0x9E3779B97F4A7C15) & low)
+            left, right = right, left ^ (mix(right + (turn << 48) + key * 0x9E3779B97F4A7C15) & low)
         i = left << half | right
         if i < size:
             return i
 
 
-def _mix(x: int) -> int:
-    """The finaliser of SplitMix64."""
+def mix(x: Any) -> Any:
+    """The finaliser of SplitMix64, of an integer or of many (uint64)."""
     x &= 0xFFFFFFFFFFFFFFFF
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
