@@ -192,6 +192,15 @@ def test_arguments_that_contradict_are_an_error(tiny_model, draw_ids):
             model(ids, **arguments)
 
 
+@torch.no_grad()
+def test_documents_go_on_from_a_cache_where_nothing_attends_to_it(tiny_model, draw_ids, relative):
+    model, ids = tiny_model(hybrid_override_pattern="M-M-"), draw_ids(2, 12)
+    documents = torch.tensor([[0] * 8 + [1] * 4, [0] * 5 + [1] * 7])
+    output = model(ids[:, :6], seq_idx=documents[:, :6], use_cache=True)
+    rest = model(ids[:, 6:], seq_idx=documents[:, 6:], past_key_values=output.past_key_values).logits
+    assert relative(torch.cat([output.logits, rest], 1), model(ids, seq_idx=documents).logits) < 1e-5
+
+
 def test_an_unknown_argument_is_never_swallowed(tiny_model, draw_ids):
     with pytest.raises(TypeError, match="cu_seqlens"):
         tiny_model()(draw_ids(1, 3), cu_seqlens=torch.tensor([0, 3]))
