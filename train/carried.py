@@ -25,8 +25,8 @@ class Carried:
     """
 
     def __init__(self, layers: int, rows: list[range], global_batch: int):
-        self.first, self.count, self.whole = rows[0].start, rows[-1].stop - rows[0].start, global_batch
-        self.sizes = [len(one) for one in rows]
+        self.sizes, self.whole = [len(one) for one in rows], global_batch
+        self.count = sum(self.sizes)
         self.states: list[State | None] = [None] * layers
         self.left: list[HybridCache] = []  # of each micro-batch, where its last pass ended
 
@@ -41,7 +41,7 @@ class Carried:
         for layer, state in enumerate(self.states):
             if state is not None:
                 cache.states[layer] = tuple(only(batch["continues"], t[own]) for t in state)
-                cache.seen = 1  # at least; how many matters to attention alone
+                cache.seen = 1  # or more: how many matters to attention alone
         self.left.append(cache)
         return {name: value for name, value in batch.items() if name != "continues"} | {"past_key_values": cache}
 
