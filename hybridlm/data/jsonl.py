@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.data.rows import BadDocument, text_of
+from hybridlm.data.rows import BadDocument, label_of, text_of
 
 BLOCK = 2**24  # bytes read at a time for the index
 
@@ -42,13 +42,23 @@ class JsonLines:
         Raises:
             BadDocument: named by file and line.
         """
+        row, where = self.row(i)
+        return text_of(row, self.text_column, self.template, where)
+
+    def label(self, column: str, i: int) -> str:
+        """As `read`, of its label."""
+        row, where = self.row(i)
+        return label_of(row, column, None, where)
+
+    def row(self, i: int) -> tuple[dict[str, Any], str]:
+        """The row, and where it stands in the words of an error."""
         file = int(np.searchsorted(self.ends, i, side="right"))
         start, stop, number = map(int, self.spans[file][i - self.ends[file]])
         with self.paths[file].open("rb") as lines:
             lines.seek(start)
             line = lines.read(stop - start)
         where = f"{self.paths[file]}:{number}"
-        return text_of(_object(line, where), self.text_column, self.template, where)
+        return _object(line, where), where
 
 
 def line_spans(path: Path) -> np.ndarray:

@@ -39,25 +39,29 @@ def write_part(
     digest, total, largest = sha256(), 0, 0
     rows: list[tuple[int, int]] = []
     skipped, examples = Counter[str](), []
+    labels: list[str] = []
     first_bytes: dict[int, int] = {}
     end = np.array([tokenizer.eos_token_id], dtype=dtype)
 
     def good() -> Iterator[tuple[str, int]]:
-        """Pieces of documents, the last of each with the bytes of the whole, the others with 0."""
+        """Pieces of documents, the last of each with the bytes of the whole, the others with -1."""
         for i in parts[number]:
             try:
                 text = documents[i]
+                label = None if documents.label is None else documents.label(i)
             except BadDocument as error:
                 if not skip:
                     raise BadDocument(error.reason, f"{error} Mend it, or leave such out with data.bad_documents=skip.") from None
                 skipped[error.reason] += 1
                 examples.append(str(error))
                 continue
-            if not text:
+            if not text and label is None:
                 skipped["empty"] += 1
                 continue
-            *most, last = pieces(text)
-            yield from ((piece, 0) for piece in most)
+            if label is not None:
+                labels.append(label)
+            *most, last = pieces(text) if text else [""]
+            yield from ((piece, -1) for piece in most)
             yield last, len(text.encode())
 
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -66,21 +70,21 @@ def write_part(
         for batch in batches(good()):
             for (_, size), ids in zip(batch, tokenize([piece for piece, _ in batch], tokenizer)):
                 document.append(np.fromiter(ids, dtype=dtype, count=len(ids)))
-                if not size:
+                if size < 0:
                     continue
                 tokens, document = np.concatenate([*document, end]), []
-                if len(tokens) == 1:
+                if len(tokens) == 1 and documents.label is None:
                     skipped["empty"] += 1
                     continue
                 first = int(tokens[0])
-                if first not in first_bytes:
+                if len(tokens) > 1 and first not in first_bytes:
                     first_bytes[first] = token_bytes(first, tokenizer)
                 total += len(tokens)
                 largest = max(largest, int(tokens.max()))
-                rows.append((total, size - first_bytes[first]))
+                rows.append((total, size - first_bytes[first] if len(tokens) > 1 else 0))
                 digest.update(tokens.data)
                 file.write(tokens.data)
-            advance(sum(size > 0 for _, size in batch))
+            advance(sum(size >= 0 for _, size in batch))
         file.flush()
         os.fsync(file.fileno())
     if total:
@@ -90,7 +94,7 @@ def write_part(
     save_table(side.with_suffix(".npy"), np.array(rows, dtype=np.int64).reshape(-1, 2))
     description = {
         "file": path.name, "tokens": total, "sha256": digest.hexdigest(), "largest_id": largest, "skipped": skipped,
-        "examples": examples[:EXAMPLES],
+        "examples": examples[:EXAMPLES], "labels": labels,
     }  # fmt: skip
     write_atomically(side.with_suffix(".json"), to_json(description))
 

@@ -7,6 +7,7 @@ is given its tables and renamed itself. So what has its final name is whole, and
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm.data.parts import EXAMPLES, save_table, to_json, write_atomically, write_part
 from hybridlm.data.pool import run_parts
-from hybridlm.data.shards import FORMAT, Shards, hash_files
+from hybridlm.data.shards import FORMAT, LABELS, Shards, hash_files
 from hybridlm.data.sources import Documents, Source, split_source
 
 PARTS = 64  # of a source of ordinary size: many for a few processes, few to open
@@ -261,7 +262,20 @@ def finish(documents: Documents, digest: str, dtype: np.dtype, end: int, folder:
         "largest_id": max(end, *(part["largest_id"] for part in parts)), "skipped": dict(sorted(skipped.items())),
         "skipped_examples": examples, "sha256": hash_files([folder / part["file"] for part in kept]),
     }  # fmt: skip
+    if documents.label is not None:
+        names, of_document = numbered([label for part in parts for label in part["labels"]])
+        save_table(folder / LABELS, of_document)
+        meta |= {"labels": names, "labels_sha256": hash_files([folder / LABELS])}
+        meta["sha256"] = sha256(json.dumps([meta["sha256"], names, meta["labels_sha256"]]).encode()).hexdigest()
     write_atomically(folder / "meta.json", to_json(meta))
+
+
+def numbered(labels: list[str]) -> tuple[list[str], np.ndarray]:
+    """The different labels, sorted, whole numbers by their size and before others, and (documents) int64: which each is."""
+    is_number = re.compile("-?[0-9]{1,18}").fullmatch
+    names = sorted(set(labels), key=lambda label: (0, int(label), label) if is_number(label) else (1, 0, label))
+    number = {name: i for i, name in enumerate(names)}
+    return names, np.array([number[label] for label in labels], dtype=np.int64)
 
 
 def partition(documents: Documents) -> list[range]:

@@ -83,6 +83,23 @@ def text_of(row: dict[str, Any], text_column: str, template: str | None, where: 
     return text
 
 
+def label_of(row: dict[str, Any], column: str, names: list[str] | None, where: str) -> str:
+    """The label of a row, as text: that of a string, an integer or true and false.
+
+    Args:
+        names: what integers stand for (the ClassLabel of `datasets`, where -1 is no label).
+
+    Raises:
+        BadDocument: it has none.
+    """
+    value = _field(row, column, where)
+    if value == "":
+        raise BadDocument("no label", f"{where}: {column!r} is empty.")
+    if not isinstance(value, str | int) or (names is not None and not (isinstance(value, int) and 0 <= value < len(names))):
+        raise BadDocument("no label", f"{where}: {column!r} is {_shown(value)}, which is no label.")
+    return str(value) if names is None else names[int(value)]
+
+
 def _filled(row: dict[str, Any], column: str, where: str) -> str:
     value = _field(row, column, where)
     if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):

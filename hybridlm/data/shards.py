@@ -2,7 +2,7 @@
 
 A folder holds `tokens-00000.bin`, … (little-endian uint16 or uint32, one document after the other, each closed by the end
 token), `documents.npy` (one row a document: where it ends, and how many bytes of text its tokens after the first stand for) and
-`meta.json`, which names the files. `hybridlm.data.preparation` writes it.
+`meta.json`, which names the files; with labels `labels.npy`, a number for each document. `hybridlm.data.preparation` writes it.
 """
 
 import re
@@ -15,9 +15,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 FORMAT: Literal[2] = 2
+LABELS = "labels.npy"
 HASH_BYTES = 2**22
 
 Count = Annotated[int, Field(ge=0)]
@@ -33,7 +34,8 @@ class Part(TypedDict):
 
 @with_config(ConfigDict(extra="forbid", strict=True))
 class Meta(TypedDict):
-    """What meta.json says. `sha256` is of all tokens in order, however they lie in parts; `bytes` are those predicted."""
+    """What meta.json says. `sha256` is of all tokens in order, however they lie in parts, and of the labels where there are any;
+    `bytes` are those predicted; `labels` are the names of the numbers in `labels.npy`."""
 
     format: Literal[2]
     source: str
@@ -50,6 +52,8 @@ class Meta(TypedDict):
     skipped: dict[str, Count]
     skipped_examples: list[str]
     sha256: Digest
+    labels: NotRequired[Annotated[list[str], Field(min_length=1)]]
+    labels_sha256: NotRequired[Digest]
 
 
 META = TypeAdapter(Meta)
@@ -102,10 +106,25 @@ class Shards:
         shape = (self.meta["documents"], 2)
         if table.shape != shape or table.dtype != np.int64:
             raise ValueError(f"{path} has {table.dtype} {table.shape}; meta.json says int64 {shape}. {REMEDY}")
-        # A document has a token and its end, at least.
-        if not len(table) or table[0, 0] < 2 or (np.diff(table[:, 0]) < 2).any() or table[-1, 0] != len(self):
+        least = 1 if "labels" in self.meta else 2  # a document has a token and its end; one with a label may be empty
+        if not len(table) or table[0, 0] < least or (np.diff(table[:, 0]) < least).any() or table[-1, 0] != len(self):
             raise ValueError(f"{path} is altered: its documents do not follow one another up to token {len(self)}. {REMEDY}")
         if hash_files([path]) != self.meta["documents_sha256"]:
+            raise ValueError(f"{path} is altered: its sha256 is not the one in meta.json. {REMEDY}")
+        return table
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(documents) int64: which of `meta["labels"]` each is of."""
+        path = self._inside(LABELS)
+        try:
+            table = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is no table of labels: {error}. {REMEDY}") from None
+        count = len(self.meta["labels"])
+        if table.shape != (self.meta["documents"],) or table.dtype != np.int64 or (table < 0).any() or (table >= count).any():
+            raise ValueError(f"{path} has not one of {count} labels for each of {self.meta['documents']} documents. {REMEDY}")
+        if hash_files([path]) != self.meta["labels_sha256"]:
             raise ValueError(f"{path} is altered: its sha256 is not the one in meta.json. {REMEDY}")
         return table
 
@@ -123,7 +142,7 @@ class Shards:
 
     def check(self) -> "Shards":
         """Itself, its sizes and tables checked; `verify` also reads the tokens."""
-        assert self.tokens and len(self.documents)
+        assert self.tokens and len(self.documents) and ("labels" not in self.meta or len(self.labels))
         return self
 
     def verify(self) -> None:

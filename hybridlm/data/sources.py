@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 
 from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.jsonl import JsonLines
-from hybridlm.data.rows import BadDocument, columns, text_of
+from hybridlm.data.rows import BadDocument, columns, label_of, text_of
 from hybridlm.data.sampler import permute
 from hybridlm.data.shards import Shards
 
@@ -23,6 +24,7 @@ STDLIB = "stdlib"
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 END_BYTES = 4096  # of each end of a file, in its stamp
 HELD_OUT_KEY = 0x5EED
+PACKAGE_FILES = 20  # that a package of the standard library has at least, to be a label
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Source:
     """the text instead, made of several columns: `{question}\\n{answer}`"""
     license: str | None = None
     """what is noted as the licence; default: what the dataset says of itself"""
+    label_column: str | None = None
+    """the column of the label, where documents are to be classified; of stdlib `package`, the folder that a file is in"""
 
 
 def never() -> bool:
@@ -60,6 +64,7 @@ class Documents:
         changed: whether the source is another than it was when it was opened.
         prepared: the folder that has them as tokens already.
         has_columns: whether a text is made of the columns of a row.
+        label: the label of a number, where asked for, with a `BadDocument` as in `read`; a document may then be empty.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Documents:
     changed: Callable[[], bool] = never
     prepared: Path | None = None
     has_columns: bool = False
+    label: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -86,7 +92,8 @@ class Documents:
     def only(self, numbers: np.ndarray, tag: str) -> "Documents":
         """Those of these numbers, in their order. The tag tells their fingerprint from that of the whole."""
         read, size = partial(_numbered, self.read, numbers), self.size * len(numbers) // self.count
-        return replace(self, fingerprint=f"{self.fingerprint}[{tag}]", count=len(numbers), read=read, size=size)
+        label = None if self.label is None else partial(_numbered, self.label, numbers)
+        return replace(self, fingerprint=f"{self.fingerprint}[{tag}]", count=len(numbers), read=read, size=size, label=label)
 
 
 def _numbered(read: Callable[[int], str], numbers: np.ndarray, i: int) -> str:
@@ -106,7 +113,7 @@ def open_source(source: Source, split: str) -> Documents:
     if source.template is not None:
         columns(source.template)  # a fault in it is one, whatever the source
     if name == STDLIB:
-        documents = _stdlib(split)
+        documents = _stdlib(split, source.label_column)
     elif is_prepared(name):
         documents = _prepared(name, split)
     else:
@@ -116,6 +123,14 @@ def open_source(source: Source, split: str) -> Documents:
     if (source.text_column, source.template) != (Source.text_column, None):
         what = hashlib.sha256(repr((source.text_column, source.template)).encode()).hexdigest()[:16]
         documents = replace(documents, fingerprint=f"{documents.fingerprint}[{what}]")
+    if source.label_column is not None:
+        if documents.label is None and (documents.prepared is None or not Shards(documents.prepared).meta.get("labels")):
+            raise ValueError(
+                f"data source {name!r} has no labels; leave data.label_column away, or give rows with a column for them "
+                f"({', '.join(READERS)} files, hub datasets)."
+            )
+        what = hashlib.sha256(source.label_column.encode()).hexdigest()[:16]
+        documents = replace(documents, fingerprint=f"{documents.fingerprint}[label {what}]")
     return documents if source.license is None else replace(documents, license=source.license)
 
 
@@ -147,6 +162,8 @@ def split_source(source: Source, val_source: Source | None, val_fraction: float)
         for i in range(min(count - 1, max(1, round(count * val_fraction)))):
             held_out[permute(i, count, HELD_OUT_KEY)] = True
         return training.only(np.flatnonzero(~held_out), f"train, {tag}"), training.only(np.flatnonzero(held_out), tag)
+    if training.label is not None:
+        raise ValueError(f"data source {source.source!r} has one document, and none to hold out; give more, or data.val_source.")
     length = len(training[0])
     cut = int(length * (1 - val_fraction))
     if not 0 < cut < length:
@@ -191,7 +208,8 @@ def _files(source: Source, path: Path, split: str) -> Documents:
             raise NoSuchSplit(f"data source {name!r} has no {split} split.")
         if kinds == [".jsonl"]:
             lines = JsonLines(files, source.text_column, source.template)
-            documents = Documents(name, "", int(lines.ends[-1]), lines.read, has_columns=True)
+            label = None if source.label_column is None else partial(lines.label, source.label_column)
+            documents = Documents(name, "", int(lines.ends[-1]), lines.read, has_columns=True, label=label)
         elif kinds in ([], ["text"]):
             documents = _text_files(name, files)
         else:
@@ -239,8 +257,17 @@ def _differs(path: Path, stamp: str) -> bool:
         return True
 
 
-def _stdlib(split: str) -> Documents:
-    """The .py files in which Python itself is written; a tenth of them, by a hash of their path, is validation."""
+def _stdlib(split: str, label_column: str | None) -> Documents:
+    """The .py files in which Python itself is written; a tenth of them, by a hash of their path, is validation.
+
+    With the label `package`, the outermost folder that a file is in: those of the packages of at least PACKAGE_FILES files, of
+    which three tenths, by the same hash, are validation: a tenth would be too few to tell models apart.
+
+    Raises:
+        ValueError: another label.
+    """
+    if label_column not in (None, "package"):
+        raise ValueError(f"data source {STDLIB!r} has the label 'package' alone; got data.label_column={label_column!r}.")
     root = Path(sysconfig.get_paths()["stdlib"])
     keyed = []
     for folder, inner, names in os.walk(root):
@@ -248,11 +275,26 @@ def _stdlib(split: str) -> Documents:
         inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             keyed.append((hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest(), path))
+    if label_column is not None:
+        keyed = [(key, path) for key, path in keyed if path.parent != root and _is_text(path)]
+        sizes = Counter(package(root, path) for _, path in keyed)
+        keyed = [(key, path) for key, path in keyed if sizes[package(root, path)] >= PACKAGE_FILES]
+    held_out = 1 if label_column is None else 3  # tenths
     # In the order of the hash, so that any run of files is a fair sample.
-    chosen = [path for key, path in sorted(keyed) if (int(key[:8], 16) % 10 == 0) == (split == "validation")]
+    chosen = [path for key, path in sorted(keyed) if (int(key[:8], 16) % 10 < held_out) == (split == "validation")]
     files = [p for p in chosen if _is_text(p)]
     size = sum(file.stat().st_size for file in files)
-    return replace(_text_files(f"{STDLIB} ({split})", files), fingerprint=stamp_of(root, files), size=size, license="PSF-2.0")
+    documents = _text_files(f"{STDLIB} ({split})", files)
+    label = None if label_column is None else partial(_package, root, files)
+    return replace(documents, fingerprint=stamp_of(root, files), size=size, license="PSF-2.0", label=label)
+
+
+def package(root: Path, path: Path) -> str:
+    return path.relative_to(root).parts[0]
+
+
+def _package(root: Path, files: list[Path], i: int) -> str:
+    return package(root, files[i])
 
 
 def _is_text(path: Path) -> bool:
@@ -314,7 +356,7 @@ def _dataset(source: Source, files: list[Path], split: str) -> Documents:
             # Escaped, since a name is taken for a pattern. The stamp is in the name under which `datasets` keeps what it read,
             # for it goes by path and time alone. What a CSV has is text: 007, NA and an empty field mean themselves.
             reader, names = READERS[suffix_of(files[0])], [glob.escape(str(file)) for file in files]
-            wanted = [source.text_column] if source.template is None else columns(source.template)
+            wanted = wanted_columns(source)
             as_text = {"keep_default_na": False, "converters": dict.fromkeys(wanted, str)} if reader == "csv" else {}
             table = datasets.load_dataset(reader, stamp_of(path, files), data_files=names, split="train", **as_text)
         elif path.is_dir():
@@ -338,16 +380,31 @@ def _dataset(source: Source, files: list[Path], split: str) -> Documents:
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, StopIteration, OSError, ValueError) as error:
         why = str(error.__cause__ or error) or "it is empty"
         raise ValueError(f"data source {source.source!r} cannot be read: {why}.") from None
-    wanted = [source.text_column] if source.template is None else columns(source.template)
+    wanted = wanted_columns(source)
     setting = f"data.text_column={source.text_column!r}" if source.template is None else f"data.template={source.template!r}"
+    setting += "" if source.label_column is None else f" with data.label_column={source.label_column!r}"
     if missing := [column for column in wanted if column not in table.column_names]:
         raise ValueError(
             f"data source {source.source!r} has the columns {table.column_names}; {setting} asks for {', '.join(missing)}."
         )
     table = table.select_columns(list(dict.fromkeys(wanted)))
     read = partial(_row, table, source)
-    license = table.info.license or None
-    return Documents(source.source, table._fingerprint, len(table), read, table.data.nbytes, license, has_columns=True)
+    label = None
+    if source.label_column is not None:
+        kind = table.features[source.label_column]
+        label = partial(_label, table, source, kind.names if isinstance(kind, datasets.ClassLabel) else None)
+    license, size = table.info.license or None, table.data.nbytes
+    return Documents(source.source, table._fingerprint, len(table), read, size, license, has_columns=True, label=label)
+
+
+def wanted_columns(source: Source) -> list[str]:
+    of_text = [source.text_column] if source.template is None else columns(source.template)
+    return of_text if source.label_column is None else [*of_text, source.label_column]
+
+
+def _label(table: Any, source: Source, names: list[str] | None, i: int) -> str:
+    assert source.label_column is not None
+    return label_of(table[i], source.label_column, names, f"{source.source}, row {i}")
 
 
 def _row(table: Any, source: Source, i: int) -> str:
