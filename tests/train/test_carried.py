@@ -30,8 +30,11 @@ def carried_over(model, x, micro_batch=2):
 
 
 @pytest.fixture
-def model(tiny_model):
-    return tiny_model(hybrid_override_pattern="M-M-").train()
+def model(request, tiny_model):
+    return tiny_model(hybrid_override_pattern=getattr(request, "param", "M-M-")).train()
+
+
+every_kind = pytest.mark.parametrize("model", ["M-M-", "rl-gm"], indirect=True)
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def embedded(model, draw_ids):
     return model.get_input_embeddings()(draw_ids(2, 24)).detach()
 
 
+@every_kind
 @pytest.mark.parametrize("micro_batch", [2, 1])
 def test_windows_that_carry_their_states_give_what_one_pass_gives(model, embedded, relative, micro_batch):
     logits, _ = carried_over(model, embedded, micro_batch)
@@ -48,6 +52,7 @@ def test_windows_that_carry_their_states_give_what_one_pass_gives(model, embedde
     assert relative(logits[1, 8:16], alone[1, 8:16]) < 1e-5  # … and the second's ends there
 
 
+@every_kind
 def test_gradients_stop_where_a_window_begins(model, embedded, relative):
     x = embedded.requires_grad_()
     logits, carried = carried_over(model, x)
@@ -58,6 +63,7 @@ def test_gradients_stop_where_a_window_begins(model, embedded, relative):
     assert not any(t.requires_grad for state in carried.states for t in state or ())
 
 
+@every_kind
 @pytest.mark.parametrize(("place", "later"), [((0, 3), slice(11, None)), ((0, 10), slice(11, None)), ((1, 7), slice(8, None))])
 @torch.no_grad()
 def test_no_bit_of_a_document_reaches_the_next(model, embedded, place, later):
@@ -69,9 +75,10 @@ def test_no_bit_of_a_document_reaches_the_next(model, embedded, place, later):
     assert not torch.equal(before[row, : later.start], after[row, : later.start])
 
 
+@every_kind
 def test_what_is_computed_again_in_backward_carries_the_same(model, embedded):
     ends = []
-    for kinds in ("", "M-"):
+    for kinds in ("", "M-rlgm"):
         sharding.recompute(model, kinds)
         logits, carried = carried_over(model, embedded.clone().requires_grad_())
         gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters())[1:], allow_unused=True)
