@@ -66,7 +66,8 @@ def test_matrices_are_those_of_the_model(file):
 
 @pytest.mark.parametrize("bidirectional", ["sum", "concat"])
 def test_matrices_of_both_directions(bidirectional):
-    config = HybridLMConfig.from_strict_dict(load_yaml("configs/model/tiny.yaml") | {"bidirectional": bidirectional})
+    changes = {"bidirectional": bidirectional, "hybrid_override_pattern": "M*-rlgm"}
+    config = HybridLMConfig.from_strict_dict(load_yaml("configs/model/tiny.yaml") | changes)
     with torch.device("meta"):
         model = HybridLMModel(config)
     for symbol, block in zip(config.hybrid_override_pattern, model.layers, strict=True):

@@ -85,7 +85,7 @@ def test_the_count_follows_every_choice(changes, tiny_config):
 
 
 @pytest.mark.parametrize("bidirectional", ["sum", "concat"])
-@pytest.mark.parametrize("pattern", ["M-M*-M-", "*-", "ME"])
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "*-", "ME", "rlgm"])
 def test_both_directions_are_counted_and_the_head_is_that_of_a_language_model(pattern, bidirectional, tiny_config):
     config = tiny_config(hybrid_override_pattern=pattern, bidirectional=bidirectional, num_labels=5)
     with torch.device("meta"):

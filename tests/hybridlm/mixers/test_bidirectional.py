@@ -19,7 +19,8 @@ def both(tiny_config):
 
     def build(bidirectional, **changes):
         torch.manual_seed(0)
-        model = HybridLMModel(tiny_config(bidirectional=bidirectional, **changes)).eval().double()
+        every = {"hybrid_override_pattern": "M-l*-rgm", "bidirectional": bidirectional}
+        model = HybridLMModel(tiny_config(**every | changes)).eval().double()
         return model.requires_grad_(False)
 
     return build
@@ -92,7 +93,7 @@ def test_padding_is_as_if_it_were_not_there(rope_theta, implementation, bidirect
 
 
 @pytest.mark.parametrize("bidirectional", [None, *KINDS])
-@pytest.mark.parametrize("pattern", ["M-", "*-"])
+@pytest.mark.parametrize("pattern", ["*-", *EACH])
 def test_the_first_token_sees_the_last(pattern, bidirectional, both, draw_ids):
     model, ids = both(bidirectional, hybrid_override_pattern=pattern), draw_ids(1, 12)
     other = ids.clone()
@@ -116,7 +117,8 @@ def test_gradients_reach_both_directions_also_where_they_are_computed_again(bidi
     gradients = []
     for again in (False, True):
         torch.manual_seed(0)
-        model = HybridLMForSequenceClassification(tiny_config(bidirectional=bidirectional, num_labels=3)).train()
+        config = tiny_config(bidirectional=bidirectional, num_labels=3, hybrid_override_pattern="M-l*-rgm")
+        model = HybridLMForSequenceClassification(config).train()
         if again:
             model.activation_checkpointing_enable()
         seq_idx = torch.tensor([[0] * 5 + [1] * 4])
