@@ -7,7 +7,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from hybridlm.configuration import CLASSIFIER, HybridLMConfig
 from hybridlm.mixers.parts import Linear
-from hybridlm.modeling import HybridLMModel, check_targets
+from hybridlm.modeling import HybridLMForCausalLM, HybridLMModel, check_targets
 from hybridlm.ops import build_ops
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.pretrained import HybridLMPreTrainedModel
@@ -115,6 +115,9 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
             begins[:, 1:] |= seq_idx.diff() != 0
         number = begins.flatten().cumsum(0) - 1  # of the document of each position, over all rows
         return means(hidden.flatten(0, 1), number.bincount())[number[wanted.flatten()]]
+
+
+AnyModel = HybridLMForCausalLM | HybridLMForSequenceClassification  # a backbone and a head: what is trained
 
 
 def means(x: Tensor, lengths: Tensor) -> Tensor:

@@ -158,6 +158,11 @@ class HybridLMConfig(PreTrainedConfig):
         return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
 
     @property
+    def label_names(self) -> list[str]:
+        """The labels of a classifier, by their numbers."""
+        return list(self.id2label.values())  # type: ignore[union-attr]
+
+    @property
     def recurrent_state_size(self) -> int:
         """Width of the state of the classical recurrences."""
         return self.recurrent_size or self.hidden_size

@@ -60,9 +60,11 @@ def layer_flops(config: HybridLMConfig, symbol: str, seq_len: int) -> float:
     return sum(flops.values()) - flops["head"]
 
 
-def training_flops(config: HybridLMConfig, seq_len: int) -> float:
-    """FLOPs per token of forward and backward: backward is two products for each of forward's."""
-    return 3 * sum(forward_flops(config, seq_len).values())
+def training_flops(config: HybridLMConfig, seq_len: int, head: bool = True) -> float:
+    """FLOPs per token of forward and backward: backward is two products for each of forward's. Without the head, which a
+    classifier has for a whole document, that of its backbone."""
+    flops = forward_flops(config, seq_len)
+    return 3 * (sum(flops.values()) - (0 if head else flops["head"]))
 
 
 # Dense peak of one device in FLOP/s, without sparsity, from the vendors' data sheets.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hybridlm.modeling import HybridLMForCausalLM
+from hybridlm.classification import AnyModel
 from hybridlm.ops.precision import has_autocast
 
 EDGE = 2  # layers at each end that stay in bf16
@@ -20,7 +20,7 @@ CONVERTED, EDGES, HEAD, UNFIT = "fp8", "first and last two layers", "head", "siz
 
 
 def convert(
-    model: HybridLMForCausalLM,
+    model: AnyModel,
     device: torch.device | str,
     *,
     unfit: str = "stop",
@@ -87,13 +87,13 @@ def refusal(device: torch.device | str, emulate: bool = False) -> str | None:
     return None
 
 
-def sort_out(model: HybridLMForCausalLM) -> dict[str, list[str]]:
+def sort_out(model: AnyModel) -> dict[str, list[str]]:
     """The names of all linear layers by what FP8 has to do with them."""
     fates: dict[str, list[str]] = {CONVERTED: [], EDGES: [], HEAD: [], UNFIT: []}
     middle = range(EDGE, len(model.backbone.layers) - EDGE)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            if module is model.lm_head:
+            if module is model.head:
                 fate = HEAD
             elif int(name.split(".")[2]) not in middle:
                 fate = EDGES
@@ -126,7 +126,7 @@ def linear_class() -> type[nn.Linear]:
     return FP8Linear
 
 
-def summary(model: HybridLMForCausalLM) -> str:
+def summary(model: AnyModel) -> str:
     """What becomes, or has become, of the linear layers, for people."""
     fates = sort_out(model)
     kept = [f"{fate} ({len(names)})" for fate, names in fates.items() if names and fate != CONVERTED]

@@ -5,16 +5,15 @@ from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm import HybridLMConfig
+from hybridlm.classification import AnyModel
+from hybridlm.pattern import SYMBOLS
 from hybridlm.twin import active_parameters, count_parameters
 from train.config import RunConfig, dump
+from train.validation import figures
 
-METRICS = {"val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}
 
-
-def model_card(
-    config: RunConfig, model: HybridLMForCausalLM, data: str, step: int, tokens: int, validation: dict[str, Any] | None
-) -> str:
+def model_card(config: RunConfig, model: AnyModel, data: str, step: int, tokens: int, validation: dict[str, Any] | None) -> str:
     """The README.md of a model folder.
 
     Args:
@@ -22,17 +21,27 @@ def model_card(
         validation: the last validation line of the metrics, None before the first.
     """
     name, shape = Path(config.run_dir).name, cast(HybridLMConfig, model.config)
-    total, active = count_parameters(shape), active_parameters(shape)
+    idle = count_parameters(shape) - active_parameters(shape)
+    total = sum(p.numel() for p in model.parameters())
+    active, labels = total - idle, "" if config.data.label_column is None else f" into {shape.num_labels} labels"
     experts = "" if active == total else f", of which {active:,} work on a token"
     begun = f" from the weights of `{config.model.init_from}`" if config.model.init_from else ""
+    task, auto, what = ("text-classification", "SequenceClassification", "A classifier") if labels else (
+        "text-generation", "CausalLM", "A language model"
+    )  # fmt: skip
+    legend = ", ".join(f"{symbol} {kind}" for symbol, kind in SYMBOLS.items() if symbol in shape.hybrid_override_pattern)
     head = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hybrid", "mamba2", "nemotron_h" if shape.is_nemotron_h else "hybridlm"],
+        pipeline_tag=task,
+        tags=[
+            "hybrid",
+            *["mamba2"] * ("M" in shape.hybrid_override_pattern),
+            "nemotron_h" if shape.is_nemotron_h else "hybridlm",
+        ],
         model_name=name,
         eval_results=[
-            EvalResult("text-generation", "text", data, metric, validation[metric], dataset_split="validation", metric_name=words)
-            for metric, words in METRICS.items()
+            EvalResult(task, "text", data, metric, validation[metric], dataset_split="validation", metric_name=words)
+            for metric, words in figures(config).items()
         ]
         if validation
         else None,
@@ -45,8 +54,8 @@ def model_card(
 
 # {name}
 
-A language model of {total:,} parameters{experts}. Layers: `{shape.hybrid_override_pattern}`
-(M Mamba-2, * attention, - FFN, E mixture of experts).
+{what}{labels} of {total:,} parameters{experts}. Layers: `{shape.hybrid_override_pattern}`
+({legend}).
 
 Trained with hybridlm{begun} for {step:,} of {config.train.steps:,} steps, {tokens:,} tokens
 in windows of {config.data.seq_len:,}, on {data}.
@@ -58,9 +67,9 @@ in windows of {config.data.seq_len:,}, on {data}.
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{auto}, AutoTokenizer
 {"" if shape.is_nemotron_h else "import hybridlm  # which stock transformers cannot hold"}
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = AutoModelFor{auto}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
@@ -79,5 +88,6 @@ def evaluation(validation: dict[str, Any] | None, data: str, config: RunConfig) 
     return (
         f"After {validation['tokens']:,} tokens, on {windows} of the validation documents of {data}, "
         "with no state carried between windows: "
-        f"{validation['val_loss']:.4f} nats per token, {validation['val_bits_per_byte']:.4f} bits per byte."
+        + ", ".join(f"{validation[name]:.4f} {unit}" for name, unit in figures(config).items())
+        + "."
     )

@@ -212,18 +212,21 @@ def _fill(
     return json.loads((folder / "state.json").read_text())
 
 
-def load_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None = None) -> None:
+def load_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None = None, only: str = "") -> None:
     """Fills a model with the weights of a `from_pretrained` folder on this machine, of any floating point numbers. A rank reads
     only what it has of the model, and what its parameters held is never looked at. Nothing is changed before all is checked. All
     ranks of the group must call it.
 
+    Args:
+        only: the weights whose names begin so; the others stay as they are.
+
     Raises:
         ValueError: no such folder, weights outside of it, or weights that do not fit: all listed.
     """
-    together(group, lambda: _fill_weights(folder, model, group))
+    together(group, lambda: _fill_weights(folder, model, group, only))
 
 
-def _fill_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None) -> None:
+def _fill_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None, only: str) -> None:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint folder {folder} on this machine.")
@@ -238,6 +241,7 @@ def _fill_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGrou
     else:
         raise ValueError(f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
     want, ignored = model.state_dict(), model._keys_to_ignore_on_load_unexpected or []
+    want, got = ({name: one for name, one in some.items() if name.startswith(only)} for some in (want, got))
     got = {name: one for name, one in got.items() if name in want or not any(re.search(pattern, name) for pattern in ignored)}
     if faults := mismatch("weights", want, got, cast=True):
         raise ValueError(f"the weights of {folder} do not fit this model: {'; '.join(faults)}.")

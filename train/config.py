@@ -68,6 +68,8 @@ class Data:
     """column that holds the text, where the source has columns"""
     template: str | None = None
     """text made of several columns instead, such as {title}: {body}"""
+    label_column: str | None = None
+    """trains a classifier of whole documents: the column of their labels (of stdlib: package); default: a language model"""
     license: str | None = None
     """licence of the text, for the record; default: what the dataset says"""
     bad_documents: Literal["stop", "skip"] = "stop"
@@ -261,6 +263,18 @@ def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:
         faults.append(f"data.carry_state: {data.packing} packing takes windows out of their order; set data.packing: stream.")
     if data.carry_state and data.streaming:
         faults.append("data.carry_state: rows read at places far apart, and data.streaming at one; set data.streaming: false.")
+    if data.label_column is not None:
+        unfit = {
+            "blend": data.blend,
+            "streaming": data.streaming,
+            "carry_state": data.carry_state,
+            "packing": data.packing != "stream",
+        }
+        faults += [
+            f"data.{name}: documents with labels (data.label_column) are read whole, from one source; leave it away."
+            for name, given_too in unfit.items()
+            if given_too
+        ]
     if data.streaming and data.blend:
         faults.append("data.streaming: it reads one source; set data.source instead of data.blend.")
     if data.streaming and data.packing != "stream":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlm import HybridLMForCausalLM
+from hybridlm.classification import AnyModel
 from train.telemetry import gradient_norms, layers
 from train.tensor_files import local
 
@@ -22,7 +22,7 @@ NAMED = 20  # of the tensors that are not finite; the others are counted
 MOST_SKIPS = 20  # steps in a row
 
 
-def diagnose(model: HybridLMForCausalLM, loss: float, grad_norm: float, rerun: Callable[[], Tensor]) -> dict[str, Any]:
+def diagnose(model: AnyModel, loss: float, grad_norm: float, rerun: Callable[[], Tensor]) -> dict[str, Any]:
     """What went wrong in a step, before its gradients are clipped or dropped: clipping by NaN makes all of them NaN.
 
     Weights, gradients and random numbers are left as they were. While `rerun` works, memory holds a second set of gradients.
@@ -159,7 +159,7 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     return {"count": len(names), "names": names[:NAMED]}
 
 
-def _places(model: HybridLMForCausalLM) -> list[tuple[int | None, str, nn.Module]]:
+def _places(model: AnyModel) -> list[tuple[int | None, str, nn.Module]]:
     """(number of the layer, kind, module), from the input to the last norm."""
     blocks = [(i, kind, block) for i, (kind, block) in enumerate(layers(model))]
     return [(None, "embedding", model.backbone.embeddings), *blocks, (None, "norm", model.backbone.norm_f)]

@@ -32,11 +32,21 @@ from train.loader import batches
 from train.optim import adamw, learning_rate, micro_batches
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
-from train.setup import build_model, build_tokenizer, check_shape, check_state, describe, open_data, start_wandb
+from train.setup import (
+    build_model,
+    build_tokenizer,
+    check_shape,
+    check_state,
+    closing,
+    describe,
+    open_data,
+    read_labels,
+    start_wandb,
+)
 from train.sharding import scale_weights
 from train.signals import stop_signals
 from train.telemetry import gradient_norms, mamba_statistics, over_ranks, rank_figures
-from train.validation import any_rank, sample_text, validation_loss
+from train.validation import any_rank, classification, figures, sample_text, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +100,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shares else None
         # Of what goes on between ranks behind the training, where each has something of its own to save.
         sharing = patient_group() if mesh is not None or (config.data.carry_state and accelerator.num_processes > 1) else None
-        model = build_model(config, start_from, accelerator.device, mesh, sharing)
+        labels = first_on_main(accelerator, lambda: read_labels(config, start_from, quiet=not main))
+        model = build_model(config, start_from, accelerator.device, mesh, sharing, labels)
         tokenizer = build_tokenizer(config, model, start_from)
         opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
         stream, validation = opened
@@ -124,10 +135,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             scale_weights(bare)
         if mesh is None:
             model = accelerator.prepare(model)
-        sidecars = checkpoint.sidecars(bare, tokenizer) if main else {}
+        saved_tokenizer = tokenizer if labels is None else closing(tokenizer, config.data.seq_len)
+        sidecars = checkpoint.sidecars(bare, saved_tokenizer) if main else {}
         device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
         peak = peak_flops(device_name, config.train.precision)
-        step_flops = training_flops(bare.config, config.data.seq_len)
+        step_flops = training_flops(bare.config, config.data.seq_len, head=labels is None)
         if main:
             describe(config, bare, stream, validation, accelerator, watching.machines, step)
             start_wandb(accelerator, config)
@@ -143,21 +155,23 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
 
         def validate() -> None:
             watching.phase = "validation"
-            result = validation_loss(accelerator, bare, validation, config, stopping)
+            measure: Callable = validation_loss if labels is None else classification
+            result = measure(accelerator, bare, validation, config, stopping)
             if result is None:
                 return
             text, cut = None, False
-            if config.log.sample_tokens and mesh is not None:  # those who share a model write together
+            writes = config.log.sample_tokens and labels is None
+            if writes and mesh is not None:  # those who share a model write together
                 with accelerator.autocast():  # in what the weights are gathered in; a whole model's own is in its forward pass
                     text = sample_text(bare, tokenizer, config, lambda: any_rank(accelerator, stopping()), broadcast)
                 cut = any_rank(accelerator, stopping())
-            elif config.log.sample_tokens:  # the others wait for the main process, however long it takes
+            elif writes:  # the others wait for the main process, however long it takes
                 text = everywhere(accelerator, lambda: sample_text(bare, tokenizer, config, stopping) if main else None)
                 cut = stopping()
             if main and not cut:  # a sample that was cut off: both come again
                 log({"step": step, "tokens": tokens, **result})
-                nats, bits = result["val_loss"], result["val_bits_per_byte"]
-                bar.write(f"step {step}: validation loss {nats:.4f} nats/token, {bits:.4f} bits/byte")
+                told = ", ".join(f"{result[name]:.4f} {unit}" for name, unit in figures(config).items())
+                bar.write(f"step {step}: validation loss {told}")
                 if text is not None:
                     append(run_dir / "samples.jsonl", {"step": step, "prompt": config.log.sample_prompt, "text": text})
                     bar.write(f"  {config.log.sample_prompt + text[:160]!r}")

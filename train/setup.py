@@ -1,5 +1,6 @@
 """What a run starts from: its model, tokenizer, data and logger."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
+from tokenizers import processors
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM, fp8
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMForSequenceClassification, fp8
 from hybridlm.checkpoint import check_folder, load_tokenizer
+from hybridlm.classification import AnyModel
+from hybridlm.configuration import CLASSIFIER
 from hybridlm.data.blend import Blend
+from hybridlm.data.labelled import Labelled
 from hybridlm.data.lanes import Lanes
 from hybridlm.data.packing import BestFit
 from hybridlm.data.preparation import cache_folder, documents_to_shards, prepare
@@ -44,11 +49,14 @@ def build_model(
     device: torch.device | str = "cpu",
     mesh: DeviceMesh | None = None,
     group: ProcessGroup | None = None,
-) -> HybridLMForCausalLM:
+    labels: list[str] | None = None,
+) -> AnyModel:
     """The model of the run, in fp32 and training mode, with its first weights or those of `model.init_from`; where a checkpoint,
     `start_from`, is going to fill them, with anything.
 
     Args:
+        labels: of a classifier, as `read_labels` gives them. Where `model.init_from` has others, or none, only its backbone is
+            taken.
         mesh: the ranks that share it (train.sharding), and `group`, the same over gloo; None: it is whole.
 
     Raises:
@@ -72,8 +80,12 @@ def build_model(
             f"data.carry_state: the pattern {shape.hybrid_override_pattern!r} has attention (*), whose keys and values would "
             "grow with every step without end; take a pattern without it, or set data.carry_state: false."
         )
+    has_head = shape.architectures == [CLASSIFIER] and shape.label_names == labels
+    if labels is not None:
+        shape.id2label, shape.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    kind = HybridLMForCausalLM if labels is None else HybridLMForSequenceClassification
     with torch.device("meta"):
-        model = HybridLMForCausalLM(shape, backend=config.ops.backend).train()
+        model: AnyModel = kind(shape, backend=config.ops.backend).train()
     if config.train.precision == "fp8":
         unfit, emulate = config.train.fp8_unfit, config.train.fp8_emulate
         fp8.convert(model, device, unfit=unfit, emulate=emulate, ranks=1 if mesh is None else mesh.size())
@@ -81,17 +93,30 @@ def build_model(
     if mesh is not None:
         sharding.shard(model, mesh, COMPUTE[config.train.precision])
     model.to_empty(device=device)
-    if folder is None:
+    if start_from is None and (folder is None or labels is not None):
         sharding.initialise(model, config.seed)
-        return model
-    with suppress(OSError):  # it has none
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    if start_from is None:
-        checkpoint.load_weights(folder, model, group)
+    if folder is not None and labels is None:
+        with suppress(OSError):  # it has none
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if folder is not None and start_from is None:
+        checkpoint.load_weights(folder, model, group, only="" if labels is None or has_head else "backbone.")
     return model
 
 
-def check_shape(start_from: Path, model: HybridLMForCausalLM) -> None:
+def read_labels(config: RunConfig, start_from: Path | None, quiet: bool) -> list[str] | None:
+    """The labels of the training documents, in the order of their numbers; None in the run of a language model. Prepares the
+    data, which `open_data` then finds ready.
+
+    Raises:
+        ValueError: no such data, or no labels in it.
+    """
+    if config.data.label_column is None:
+        return None
+    ((training, _),) = prepare_entries(config.data, open_tokenizer(config, start_from), quiet)
+    return training.meta["labels"]
+
+
+def check_shape(start_from: Path, model: AnyModel) -> None:
     """
     Raises:
         ValueError: the checkpoint is of another architecture, though its tensors may have the same sizes.
@@ -137,27 +162,42 @@ def check_state(
         raise ValueError(f"{start_from} is past train.steps ({config.train.steps}); raise train.steps to go on.")
 
 
-def build_tokenizer(config: RunConfig, model: HybridLMForCausalLM, start_from: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run; the model's configuration takes its special ids.
-
-    Raises:
-        ValueError: it has more tokens than the model has embeddings.
-    """
+def open_tokenizer(config: RunConfig, start_from: Path | None) -> PreTrainedTokenizerBase:
     name, data = config.data.tokenizer, config.data
     if name is None and config.model.init_from is not None:
         name = str(start_from / "model") if start_from else config.model.init_from
     if name is None and (source := data.blend[0].source if data.blend else data.source) and is_prepared(source):
         name = str(Path(source).expanduser() / "tokenizer")
-    tokenizer = byte_tokenizer() if name in (None, "bytes") else load_tokenizer(name)
+    return byte_tokenizer() if name in (None, "bytes") else load_tokenizer(name)
+
+
+def build_tokenizer(config: RunConfig, model: AnyModel, start_from: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; the model's configuration takes its special ids.
+
+    Raises:
+        ValueError: it has more tokens than the model has embeddings.
+    """
+    tokenizer = open_tokenizer(config, start_from)
     if (needed := max(tokenizer.get_vocab().values()) + 1) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer {name or 'bytes'} has token ids up to {needed - 1} and the model only "
+            f"the tokenizer {tokenizer.name_or_path or 'bytes'} has token ids up to {needed - 1} and the model only "
             f"vocab_size={model.config.vocab_size}; set vocab_size to at least {needed}."
         )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, key, getattr(tokenizer, key))
-        setattr(model.generation_config, key, getattr(tokenizer, key))
+        if isinstance(model, HybridLMForCausalLM):
+            setattr(model.generation_config, key, getattr(tokenizer, key))
     return tokenizer
+
+
+def closing(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PreTrainedTokenizerBase:
+    """A tokenizer that makes of a text what a classifier was trained on: its tokens, as many as a window has room for, and the
+    end, at which the class is read."""
+    closed, end = copy.deepcopy(tokenizer), tokenizer.eos_token
+    special = [(end, tokenizer.eos_token_id)]
+    closed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)
+    closed.model_max_length, closed.padding_side, closed.truncation_side = seq_len, "right", "right"
+    return closed
 
 
 def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Stream, list[Shards]]:
@@ -173,7 +213,7 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size:
         stream, validation = open_blend(config, tokenizer, vocab_size, quiet)
     for shards in validation:
         _check_vocabulary(shards, vocab_size)
-        if len(shards) == 2 * len(shards.documents):
+        if config.data.label_column is None and len(shards) == 2 * len(shards.documents):
             raise ValueError(
                 f"the validation documents of {shards.meta['source']} have one token each, so there is nothing to predict; "
                 "give longer ones (data.val_source), or hold out more (data.val_fraction)."
@@ -184,14 +224,15 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size:
 def open_blend(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, quiet: bool) -> tuple[Blend, list[Shards]]:
     """The training samples of one source or several, and their validation shards."""
     data = config.data
-    single = {key: getattr(data, key) for key in ("source", *SOURCE_SETTINGS)}
-    entries = data.blend or [BlendEntry(**single, weight=[1.0])]
-    pairs = [prepared(entry, data, tokenizer, quiet) for entry in entries]
+    pairs = prepare_entries(data, tokenizer, quiet)
     for shards, _ in pairs:
         _check_vocabulary(shards, vocab_size)
     packed: Callable[..., Sampler] = {"stream": Sampler, "best-fit": BestFit}[data.packing]
     if data.carry_state:
         packed = partial(Lanes, lanes=config.train.global_batch)
+    if data.label_column is not None:
+        packed = partial(Labelled, names=pairs[0][0].meta["labels"])
+        packed(pairs[0][1], data.seq_len, config.seed, vocab_size)  # has the validation no other labels?
     samplers = [packed(shards, data.seq_len, config.seed, vocab_size) for shards, _ in pairs]
     borders = [round(share * config.train.steps) * config.train.global_batch for share in data.phases]
     # With data.val_source all sources come with the same validation.
@@ -199,17 +240,26 @@ def open_blend(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
     return Blend(samplers, blend_weights(data) or [[1.0]], borders), validation
 
 
-def prepared(entry: BlendEntry, data: Data, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> tuple[Shards, Shards]:
-    """The training and validation shards of a source."""
-    source = Source(entry.source, entry.revision, entry.text_column, entry.template, entry.license)
-    return prepare(
-        source, tokenizer, Path(data.cache_dir).expanduser(), val_source=held_out(data), val_fraction=data.val_fraction,
-        bad_documents=data.bad_documents, quiet=quiet,
-    )  # fmt: skip
+def prepare_entries(data: Data, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> list[tuple[Shards, Shards]]:
+    """The training and validation shards of each source."""
+    single = {key: getattr(data, key) for key in ("source", *SOURCE_SETTINGS)}
+    entries = data.blend or [BlendEntry(**single, weight=[1.0])]
+    sources = [Source(one.source, one.revision, one.text_column, one.template, one.license, data.label_column) for one in entries]
+    return [
+        prepare(
+            source, tokenizer, Path(data.cache_dir).expanduser(), val_source=held_out(data), val_fraction=data.val_fraction,
+            bad_documents=data.bad_documents, quiet=quiet,
+        )
+        for source in sources
+    ]  # fmt: skip
 
 
 def held_out(data: Data) -> Source | None:
-    return None if data.val_source is None else Source(data.val_source, None, data.text_column, data.template)
+    return (
+        None
+        if data.val_source is None
+        else Source(data.val_source, None, data.text_column, data.template, None, data.label_column)
+    )
 
 
 def open_streamed(
@@ -242,7 +292,7 @@ def _check_vocabulary(shards: Shards, vocab_size: int) -> None:
 
 def describe(
     config: RunConfig,
-    model: HybridLMForCausalLM,
+    model: AnyModel,
     stream: Stream,
     validation: list[Shards],
     accelerator: Accelerator,

@@ -19,13 +19,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from hybridlm import HybridLMForCausalLM
+from hybridlm.classification import AnyModel
 from hybridlm.mixers.moe import MoE
 from hybridlm.modeling import Block
 from train.tensor_files import local
 
 
-def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) -> None:
+def shard(model: AnyModel, mesh: DeviceMesh, compute: torch.dtype) -> None:
     """Shards `model` over the ranks of `mesh` (one dimension), in groups that are gathered and freed one after the other.
 
     The matrices of products are gathered in `compute`, as autocast would round them, everything else, A_log, D, dt_bias, the
@@ -48,7 +48,7 @@ def shard(model: HybridLMForCausalLM, mesh: DeviceMesh, compute: torch.dtype) ->
             narrow([module for module in block.modules() if isinstance(module, nn.Linear)])
             wide(block)
     wide(model.backbone.embeddings)
-    narrow(model.lm_head)
+    narrow(model.head)
     if mesh.device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -79,11 +79,11 @@ def mesh_of(model: nn.Module) -> DeviceMesh | None:
     return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
 
-def blocks(model: HybridLMForCausalLM) -> Iterable[Block]:
+def blocks(model: AnyModel) -> Iterable[Block]:
     return model.backbone.layers  # type: ignore[return-value]
 
 
-def recompute(model: HybridLMForCausalLM, kinds: str) -> None:
+def recompute(model: AnyModel, kinds: str) -> None:
     """Has the blocks of these kinds (pattern symbols) keep only their input, and compute the rest again in backward."""
     for symbol, block in zip(model.config.hybrid_override_pattern, blocks(model), strict=True):
         block.gradient_checkpointing = symbol in kinds
@@ -94,14 +94,14 @@ def recompute(model: HybridLMForCausalLM, kinds: str) -> None:
 
 
 @torch.no_grad()
-def initialise(model: HybridLMForCausalLM, seed: int) -> None:
+def initialise(model: AnyModel, seed: int) -> None:
     """Gives every parameter and buffer its first value, on whatever device it is.
 
     Each module draws from a generator of its own, seeded by its name, on the CPU: the weights depend neither on the number of
     ranks nor on how they share the model. Where they do, each draws a part of the modules and sends the others their rows.
     """
     with torch.device("meta"):
-        twin = HybridLMForCausalLM(model.config)  # its modules are as they were before any wrapper
+        twin = type(model)(model.config)  # its modules are as they were before any wrapper
     targets = dict(chain(model.named_parameters(), model.named_buffers()))
     modules = [(name, module) for name, module in twin.named_modules() if [*own_tensors(module)]]
     mesh = mesh_of(model)

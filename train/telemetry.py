@@ -26,20 +26,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import softplus
 from torch.nn.utils import get_total_norm
 
-from hybridlm import HybridLMForCausalLM
+from hybridlm.classification import AnyModel
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.modeling import Block
 
 KINDS = {"M": "mamba", "*": "attention", "-": "ffn", "E": "moe", "r": "rnn", "l": "lstm", "g": "gru", "m": "mamba1"}
 
 
-def layers(model: HybridLMForCausalLM) -> list[tuple[str, Block]]:
+def layers(model: AnyModel) -> list[tuple[str, Block]]:
     """(kind, block) of each layer, from the input up."""
     symbols = model.config.hybrid_override_pattern
     return [(KINDS[symbol], cast(Block, block)) for symbol, block in zip(symbols, model.backbone.layers, strict=True)]
 
 
-def kinds(model: HybridLMForCausalLM) -> dict[str, list[nn.Parameter]]:
+def kinds(model: AnyModel) -> dict[str, list[nn.Parameter]]:
     """Every parameter once, by kind of layer: those of KINDS that the pattern has, embedding, head and norm.
 
     `norm` is what stands on the residual stream, the norm before each layer and the last one. The gated norm of a Mamba layer is
@@ -50,10 +50,10 @@ def kinds(model: HybridLMForCausalLM) -> dict[str, list[nn.Parameter]]:
         found[kind] += block.mixer.parameters()
         found["norm"] += block.norm.parameters()
     found["norm"] += model.backbone.norm_f.parameters()
-    return {**found, "embedding": [*model.backbone.embeddings.parameters()], "head": [*model.lm_head.parameters()]}
+    return {**found, "embedding": [*model.backbone.embeddings.parameters()], "head": [*model.head.parameters()]}
 
 
-def gradient_norms(model: HybridLMForCausalLM) -> dict[str, float]:
+def gradient_norms(model: AnyModel) -> dict[str, float]:
     """The norm of the gradient by kind; their squares add up to that of the whole. A kind without any gradient is left out."""
     gradients = {kind: [p.grad for p in parameters if p.grad is not None] for kind, parameters in kinds(model).items()}
     norms = {kind: get_total_norm(tensors) for kind, tensors in gradients.items() if tensors}
@@ -67,7 +67,7 @@ def over_ranks(norm: Tensor) -> Tensor:
 
 
 @contextmanager
-def mamba_statistics(model: HybridLMForCausalLM, window: int) -> Iterator[dict[str, float]]:
+def mamba_statistics(model: AnyModel, window: int) -> Iterator[dict[str, float]]:
     """Watches the forward passes within: a dict that is filled when the context ends, {} for a model without Mamba-2 layers.
 
     Passes count alike, however many: micro-batches, and a layer that gradient checkpointing runs again. Their outputs are

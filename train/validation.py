@@ -11,12 +11,22 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hybridlm import HybridLMForCausalLM
+from hybridlm import HybridLMForCausalLM, HybridLMForSequenceClassification
+from hybridlm.classification import AnyModel
+from hybridlm.data.labelled import Labelled
 from hybridlm.data.shards import Shards
+from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.scoring import Window, batch_arrays, nll
 from train.config import RunConfig
 
 BATCH_TOKENS = 8192  # of one pass
+# What a validation gives, with its unit: of a language model and of a classifier.
+TEXT = {"val_loss": "nats/token", "val_bits_per_byte": "bits/byte"}
+CLASSES = {"val_loss": "nats/document", "val_accuracy": "accuracy"}
+
+
+def figures(config: RunConfig) -> dict[str, str]:
+    return TEXT if config.data.label_column is None else CLASSES
 
 
 def validation_loss(
@@ -80,6 +90,47 @@ def validation_loss(
     return line
 
 
+def classification(
+    accelerator: Accelerator,
+    model: HybridLMForSequenceClassification,
+    sources: list[Shards],
+    config: RunConfig,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """How well the model classifies the documents of `val_sequences` windows; each rank reads its share.
+
+    Returns:
+        `val_loss` (nats per document) and `val_accuracy`; None on every rank where `stopping` was so on one of them.
+    """
+    (shards,), names = sources, model.config.label_names
+    documents = Labelled(shards, config.data.seq_len, config.seed, model.config.vocab_size, names)
+    wanted = np.arange(min(config.train.val_sequences or documents.windows, documents.windows))  # an epoch's are in no order
+    mine = wanted[accelerator.process_index :: accelerator.num_processes]
+    batch_size = max(1, BATCH_TOKENS // config.data.seq_len)
+    passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)  # as many on every rank
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, right answers, documents
+    model.eval()
+    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
+    for i in range(passes):
+        if any_rank(accelerator, stopping()):
+            bar.close()
+            model.train()
+            return None
+        numbers = mine[i * batch_size : (i + 1) * batch_size]
+        samples = [documents.sample(int(n)) for n in (numbers if len(numbers) else wanted[:1])]
+        batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])).to(accelerator.device) for name in samples[0]}
+        with torch.no_grad(), accelerator.autocast():
+            output = model(**batch)
+        right = output.logits.argmax(-1) == batch["targets"][batch["targets"] != IGNORE]
+        if len(numbers):
+            sums += torch.tensor([output.loss.double().sum(), right.sum(), len(right)])
+        bar.update(len(numbers))
+    bar.close()
+    model.train()
+    nats, right_ones, count = accelerator.reduce(sums.to(accelerator.device)).tolist()
+    return {"val_loss": nats / count, "val_accuracy": right_ones / count}
+
+
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is so on one rank; all must ask."""
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
@@ -97,7 +148,7 @@ def _windows(shards: Shards, size: int) -> np.ndarray:
 
 @torch.no_grad()
 def sample_text(
-    model: HybridLMForCausalLM,
+    model: AnyModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     stopping: Callable[[], bool] = lambda: False,
@@ -114,7 +165,7 @@ def sample_text(
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        text: Tensor = model.generate(  # type: ignore[misc, assignment]
+        text: Tensor = model.generate(  # type: ignore[misc, assignment, operator]
             prompt, max_new_tokens=config.log.sample_tokens, do_sample=True, temperature=0.8, top_k=50,
             logits_processor=[lambda ids, scores: agreed(scores)],
             stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopping(), dtype=torch.bool)],

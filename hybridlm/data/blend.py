@@ -122,7 +122,7 @@ class Blend:
     def summary(self, stop: int) -> list[str]:
         """A line on each source: its size, and how often it is seen in `stop` samples."""
         return [
-            f"{name}: {len(sampler.shards):,} tokens, {count * sampler.seq_len / len(sampler.shards):.2f} epochs"
+            f"{name}: {sampler.summary(count)}"
             for name, sampler, count in zip(self.names, self.samplers, self.counts(stop), strict=True)
         ]
 

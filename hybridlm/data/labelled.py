@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -13,17 +12,38 @@ from hybridlm.ops.cross_entropy import IGNORE
 
 @dataclass(frozen=True)
 class Labelled(Sampler):
-    """Windows of `seq_len` tokens, in which documents stand whole, packed best-fit; the target at the end token of each is its
-    label. A document that is longer keeps its first tokens, and its end token behind them.
+    """Windows of `seq_len` tokens, in which documents stand whole, packed best-fit; the target at the end token of each is the
+    number of its label. A document that is longer keeps its first tokens, and its end token behind them.
 
     Every epoch has each document once; its windows come in a shuffled order. Padding repeats an end token, has a `seq_idx` of its
     own, and no targets.
+
+    Attributes:
+        names: the labels, numbered by their place.
+
+    Raises:
+        ValueError: a document with another label.
     """
 
-    packing: ClassVar[str] = "documents"
+    names: list[str]
+
+    @property
+    def packing(self) -> str:
+        return "documents"
 
     def __post_init__(self):
-        _ = self.order  # made now, by the process that prepares data, and not by each that reads it
+        _ = self.order, self.labels  # made now, by the process that prepares data, and not by each that reads it
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(documents) int64: the number of each one's label."""
+        own = self.shards.meta["labels"]
+        if unknown := [name for name in own if name not in self.names]:
+            raise ValueError(
+                f"{self.shards.meta['source']} has the label(s) {', '.join(map(repr, unknown))}, which no training document has; "
+                f"known are {', '.join(map(repr, self.names))}."
+            )
+        return np.array([self.names.index(name) for name in own])[self.shards.labels]
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -72,8 +92,13 @@ class Labelled(Sampler):
         position, piece = self.inputs(number)
         documents = self.chosen(number)
         targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
-        targets[self.lengths[documents].cumsum() - 1] = self.shards.labels[documents]
+        targets[self.lengths[documents].cumsum() - 1] = self.labels[documents]
         return {"input_ids": self.read(position), "targets": targets, "seq_idx": piece}
+
+    def summary(self, stop: int) -> str:
+        cut = f" ({self.cut:,} of them longer than a window: their beginning)" if self.cut else ""
+        count, labels = len(self.ends), len(self.names)
+        return f"{count:,} documents{cut} of {labels} labels, {len(self.shards):,} tokens, {stop / self.windows:.2f} epochs"
 
     def origin(self, number: int) -> list[dict[str, int]]:
         return [{"document": int(document), "offset": 0} for document in self.chosen(number)]

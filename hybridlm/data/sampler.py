@@ -73,6 +73,10 @@ class Sampler:
         targets[predicts] = self.read(position[predicts] + 1)
         return {"input_ids": self.read(position), "targets": targets, "seq_idx": piece}
 
+    def summary(self, stop: int) -> str:
+        """Its size, and how often it is seen in `stop` samples."""
+        return f"{len(self.shards):,} tokens, {stop * self.seq_len / len(self.shards):.2f} epochs"
+
     def predicts(self, position: np.ndarray) -> np.ndarray:
         """Whether the token behind each place is of the same document."""
         return position + 1 < self.ends[np.searchsorted(self.ends, position, side="right")]

@@ -17,7 +17,7 @@ def test_the_card_tells_data_tokens_settings_and_the_measured_loss(make_config, 
     *_, measured = [line for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "val_loss" in line]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"val_loss": measured["val_loss"], "val_bits_per_byte": measured["val_bits_per_byte"]}
-    assert f"{measured['val_loss']:.4f} nats per token" in text and "4 windows" in text
+    assert f"{measured['val_loss']:.4f} nats/token" in text and "4 windows" in text
     assert "6 of 6 steps, 768 tokens\nin windows of 32" in text and str(text_folder) in text
     assert "lr: 0.01" in text and "hybrid_override_pattern: M*-" in text
     assert str(run_dir.parent / "cache") not in text and "run_dir" not in text

@@ -105,7 +105,7 @@ def test_files_of_the_standard_library_are_labelled_by_their_package():
 @pytest.fixture
 def sampler(tmp_path):
     training, _ = prepared(write_rows(tmp_path / "rows.jsonl"), tmp_path)
-    return Labelled(training, 16, seed=3, vocab_size=258)
+    return Labelled(training, 16, seed=3, vocab_size=258, names=training.meta["labels"])
 
 
 def test_every_epoch_has_each_document_once_with_its_label_at_its_end(sampler):
