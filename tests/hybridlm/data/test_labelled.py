@@ -129,7 +129,7 @@ def test_every_epoch_has_each_document_once_with_its_label_at_its_end(sampler):
 
 
 def test_a_sample_follows_from_its_number_alone(sampler):
-    again = Labelled(sampler.shards, 16, seed=3, vocab_size=258)
+    again = Labelled(sampler.shards, 16, seed=3, vocab_size=258, names=sampler.names)
     for number in (7, 0, 31):
         assert all(np.array_equal(a, b) for a, b in zip(sampler.sample(number).values(), again.sample(number).values()))
     assert [one["document"] for one in sampler.origin(2)] == sampler.chosen(2).tolist()
