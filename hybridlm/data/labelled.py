@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from hybridlm.data.packing import best_fit
-from hybridlm.data.sampler import Sampler, permute
+from hybridlm.data.sampler import Sampler, permute, shuffled
 from hybridlm.ops.cross_entropy import IGNORE
 
 
@@ -53,7 +53,8 @@ class Labelled(Sampler):
     @cached_property
     def order(self) -> tuple[np.ndarray, np.ndarray]:
         """(windows + 1) where each window begins in the second: (documents) those of one window behind the other."""
-        windows = best_fit(self.lengths, self.seq_len)
+        # In no order of their lengths: else a window would hold long documents or short ones, and a step learn from few or many.
+        windows = best_fit(self.lengths, self.seq_len, shuffled(len(self.lengths), self.seed))
         return np.concatenate([[0], np.bincount(windows).cumsum()]), np.argsort(windows, kind="stable")
 
     @property

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hybridlm.data.sampler import Sampler, mix
+from hybridlm.data.sampler import Sampler, shuffled
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Lanes(Sampler):
         """Of the documents in the order in which they are read: where each ends in an epoch, and how far from that place it lies
         in the shards. Both (documents) int64."""
         begins = np.concatenate([[0], self.ends[:-1]])
-        turn = np.argsort(mix(np.arange(len(begins), dtype=np.uint64) + np.uint64(mix(self.seed))), kind="stable")
+        turn = shuffled(len(begins), self.seed)
         lengths = (self.ends - begins)[turn]
         ends = np.cumsum(lengths)
         return ends, begins[turn] - (ends - lengths)

@@ -35,17 +35,18 @@ def pieces(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(starts), np.concatenate([np.full(full.sum(), seq_len), rest[rest > 0]])
 
 
-def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
-    """The window of each piece (pieces) int64. The longest piece is placed first, each where it leaves the least room.
+def best_fit(lengths: np.ndarray, size: int, order: np.ndarray | None = None) -> np.ndarray:
+    """The window of each piece (pieces) int64. Each is placed where it leaves the least room.
 
     Args:
         lengths: (pieces) from 1 to `size`, the room of a window.
+        order: in which they are placed; by default the longest first, which leaves the least room in all.
     """
     windows = np.empty(len(lengths), dtype=np.int64)
     count = 0
     with_room: list[list[int]] = [[] for _ in range(size)]
     rooms = 0  # bit r is set where a window has room for exactly r, so the least that fits is found without a search
-    for piece in np.argsort(-lengths, kind="stable").tolist():
+    for piece in (np.argsort(-lengths, kind="stable") if order is None else order).tolist():
         length = int(lengths[piece])
         if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1

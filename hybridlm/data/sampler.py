@@ -123,6 +123,11 @@ def permute(i: int, size: int, key: int) -> int:
             return i
 
 
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """(count) int64: the numbers below `count` in an order that `seed` gives, the same on every machine."""
+    return np.argsort(mix(np.arange(count, dtype=np.uint64) + np.uint64(mix(seed))), kind="stable")
+
+
 def mix(x: Any) -> Any:
     """The finaliser of SplitMix64, of an integer or of many (uint64)."""
     x &= 0xFFFFFFFFFFFFFFFF
