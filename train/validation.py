@@ -51,33 +51,21 @@ def validation_loss(
     wanted = np.arange(upto[-1])
     if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
         wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
-    mine = wanted[accelerator.process_index :: accelerator.num_processes]
-    batch_size = max(1, BATCH_TOKENS // size)
-    # The same number of passes on every rank, since those who share a model make them together: the last may be of no account.
-    passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)
 
-    sums = np.zeros((len(sources), 2))  # nats and predicted tokens of each source
-    model.eval()
-    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
-    for i in range(passes):
-        if any_rank(accelerator, stopping()):
-            bar.close()
-            model.train()
-            return None
-        numbers = mine[i * batch_size : (i + 1) * batch_size]
-        counts = len(numbers) > 0
-        numbers = numbers if counts else wanted[:1]
+    def score(numbers: np.ndarray) -> np.ndarray:
+        """(sources, 2) nats and predicted tokens of each source."""
+        sums = np.zeros((len(sources), 2))
         source = np.searchsorted(upto, numbers, side="right")
         windows = [every[s][n - upto[s]] for s, n in zip(source, numbers, strict=True)]  # counted from the source's end
         ids = [sources[s].read(np.arange(*window)) for s, window in zip(source, windows, strict=True)]
         inputs, targets = batch_arrays([Window(tokens, document=0, start=0, skip=0) for tokens in ids])
-        with accelerator.autocast():
-            nats = nll(model, inputs.to(accelerator.device), targets.to(accelerator.device)).double().sum(-1).cpu().numpy()
-        np.add.at(sums, source, counts * np.stack([nats, [len(tokens) - 1 for tokens in ids]], axis=-1))
-        bar.update(len(numbers))  # the main process has no less than others
-    bar.close()
-    model.train()
-    sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
+        nats = nll(model, inputs.to(accelerator.device), targets.to(accelerator.device)).double().sum(-1).cpu().numpy()
+        np.add.at(sums, source, np.stack([nats, [len(tokens) - 1 for tokens in ids]], axis=-1))
+        return sums
+
+    sums = over_windows(accelerator, model, wanted, size, score, stopping)
+    if sums is None:
+        return None
     nats, tokens = sums.sum(0).tolist()
     predicted = sum(len(shards) - 2 * len(shards.documents) for shards in sources)
     bits_per_byte = nats / tokens / math.log(2) * predicted / sum(shards.meta["bytes"] for shards in sources)
@@ -97,38 +85,56 @@ def classification(
     config: RunConfig,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """How well the model classifies the documents of `val_sequences` windows; each rank reads its share.
+    """How well the model classifies the documents of `val_sequences` windows, the same in every validation; as `validation_loss`.
 
     Returns:
-        `val_loss` (nats per document) and `val_accuracy`; None on every rank where `stopping` was so on one of them.
+        `val_loss` (nats per document) and `val_accuracy`, or None.
     """
-    (shards,), names = sources, model.config.label_names
-    documents = Labelled(shards, config.data.seq_len, config.seed, model.config.vocab_size, names)
-    wanted = np.arange(min(config.train.val_sequences or documents.windows, documents.windows))  # an epoch's are in no order
-    mine = wanted[accelerator.process_index :: accelerator.num_processes]
-    batch_size = max(1, BATCH_TOKENS // config.data.seq_len)
-    passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)  # as many on every rank
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, right answers, documents
-    model.eval()
-    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
-    for i in range(passes):
-        if any_rank(accelerator, stopping()):
-            bar.close()
-            model.train()
-            return None
-        numbers = mine[i * batch_size : (i + 1) * batch_size]
-        samples = [documents.sample(int(n)) for n in (numbers if len(numbers) else wanted[:1])]
+    (shards,), size = sources, config.data.seq_len
+    documents = Labelled(shards, size, 0, model.config.vocab_size, model.config.label_names)
+    wanted = np.arange(min(config.train.val_sequences or documents.windows, documents.windows))  # an epoch has them shuffled
+
+    def score(numbers: np.ndarray) -> np.ndarray:
+        """(3) nats, right answers, documents."""
+        samples = [documents.sample(int(n)) for n in numbers]
         batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])).to(accelerator.device) for name in samples[0]}
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad():
             output = model(**batch)
         right = output.logits.argmax(-1) == batch["targets"][batch["targets"] != IGNORE]
-        if len(numbers):
-            sums += torch.tensor([output.loss.double().sum(), right.sum(), len(right)])
-        bar.update(len(numbers))
+        return np.array([output.loss.double().sum().item(), right.sum().item(), len(right)])
+
+    sums = over_windows(accelerator, model, wanted, size, score, stopping)
+    return None if sums is None else {"val_loss": sums[0] / sums[2], "val_accuracy": sums[1] / sums[2]}
+
+
+def over_windows(
+    accelerator: Accelerator,
+    model: AnyModel,
+    wanted: np.ndarray,
+    size: int,
+    score: Callable[[np.ndarray], np.ndarray],
+    stopping: Callable[[], bool],
+) -> np.ndarray | None:
+    """The sum of `score` over batches of the windows `wanted` (numbers), of `size` tokens each; every rank has its share of them.
+    None on all where `stopping` was so on one."""
+    mine = wanted[accelerator.process_index :: accelerator.num_processes]
+    batch_size = max(1, BATCH_TOKENS // size)
+    # The same number of passes on every rank, since those who share a model make them together: the last may be of no account.
+    passes = math.ceil(math.ceil(len(wanted) / accelerator.num_processes) / batch_size)
+    sums = np.zeros(())
+    model.eval()
+    bar = tqdm(total=len(mine), desc="validation", unit="window", leave=False, disable=not accelerator.is_main_process)
+    stopped = False
+    for i in range(passes):
+        if stopped := any_rank(accelerator, stopping()):
+            break
+        numbers = mine[i * batch_size : (i + 1) * batch_size]
+        with accelerator.autocast():
+            sums = sums + score(numbers if len(numbers) else wanted[:1]) * (len(numbers) > 0)
+        bar.update(len(numbers))  # the main process has no less than others
     bar.close()
     model.train()
-    nats, right_ones, count = accelerator.reduce(sums.to(accelerator.device)).tolist()
-    return {"val_loss": nats / count, "val_accuracy": right_ones / count}
+    return None if stopped else accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
