@@ -66,8 +66,6 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
             raise ValueError("pass labels (one a row) or targets (one a document, at its last token), not both.")
         if seq_idx is not None and targets is None:
             raise ValueError("packed documents (seq_idx) are classified where targets says; pass a row a document instead.")
-        if attention_mask is not None and not attention_mask.any(dim=1).all():
-            raise ValueError("a row has no tokens: attention_mask is 0 all along it. Pass at least one token a row.")
         outputs = self.backbone(
             input_ids,
             attention_mask,
@@ -79,9 +77,13 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
             return_dict=True,
         )
         hidden, loss = outputs.last_hidden_state, None
+        if attention_mask is not None and not attention_mask.any(dim=1).all():  # of the right shape, or none came here
+            raise ValueError("a row has no tokens: attention_mask is 0 all along it. Pass at least one token a row.")
         if targets is not None:
             check_targets(targets, hidden, self.num_labels, "{} labels (num_labels)")
-        pooled = self.of_rows(hidden, attention_mask) if targets is None else self.of_targets(hidden, seq_idx, targets)
+        pooled = (
+            self.of_rows(hidden, attention_mask) if targets is None else self.of_targets(hidden, attention_mask, seq_idx, targets)
+        )
         logits = self.score(pooled)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is not None:
@@ -89,7 +91,11 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
             nats = cross_entropy(logits, targets[wanted].long(), reduction="none")
             loss = torch.zeros(targets.shape, dtype=nats.dtype, device=nats.device).masked_scatter(wanted, nats)
         elif labels is not None:
+            if labels.shape != logits.shape[:1]:
+                raise ValueError(f"labels must have shape ({len(logits)},), one a row; got {tuple(labels.shape)}.")
             check_targets(labels[:, None], logits[:, None], self.num_labels, "{} labels (num_labels)")
+            if (labels == IGNORE).any():
+                raise ValueError(f"labels must name the class of every row; got {IGNORE} (no target).")
             loss = cross_entropy(logits, labels.long())
         output = SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -104,7 +110,7 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
             return hidden[torch.arange(len(last), device=last.device), last]
         return means(hidden[tokens], tokens.sum(1))
 
-    def of_targets(self, hidden: Tensor, seq_idx: Tensor | None, targets: Tensor) -> Tensor:
+    def of_targets(self, hidden: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, targets: Tensor) -> Tensor:
         """hidden (b t d) -> (targets d): one vector of each document that has a target."""
         wanted = targets != IGNORE
         if self.config.bidirectional is None:
@@ -113,8 +119,9 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
         begins[:, 0] = True
         if seq_idx is not None:
             begins[:, 1:] |= seq_idx.diff() != 0
-        number = begins.flatten().cumsum(0) - 1  # of the document of each position, over all rows
-        return means(hidden.flatten(0, 1), number.bincount())[number[wanted.flatten()]]
+        number = (begins.flatten().cumsum(0) - 1).view_as(wanted)  # of the document of each position, over all rows
+        tokens = torch.ones_like(wanted) if attention_mask is None else attention_mask.bool()
+        return means(hidden[tokens], number[tokens].bincount())[number[wanted]]
 
 
 AnyModel = HybridLMForCausalLM | HybridLMForSequenceClassification  # a backbone and a head: what is trained

@@ -56,6 +56,17 @@ def test_packed_documents_have_the_loss_of_each_alone(bidirectional, classifier,
 
 
 @pytest.mark.parametrize("bidirectional", WAYS)
+def test_padding_is_no_part_of_a_document_that_has_a_target(bidirectional, classifier, draw_ids):
+    model, ids, labels = classifier(bidirectional), draw_ids(2, 9), torch.tensor([1, 3])
+    mask, targets = torch.ones(2, 9, dtype=torch.long), torch.full((2, 9), -100)
+    mask[0, 6:] = mask[1, :2] = 0
+    targets[0, 5], targets[1, 8] = labels
+    by_row = model(ids, mask, labels=labels)
+    by_target = model(ids, mask, targets=targets)
+    assert torch.equal(by_target.logits, by_row.logits) and torch.isclose(by_target.loss.sum() / 2, by_row.loss)
+
+
+@pytest.mark.parametrize("bidirectional", WAYS)
 def test_rows_without_a_target_give_no_loss_and_gradients_of_zero(bidirectional, classifier, draw_ids):
     """As a rank meets it that has none in its part of a batch."""
     model = classifier(bidirectional)
@@ -84,11 +95,15 @@ def test_in_bfloat16_the_logits_are_wide(bidirectional, classifier, draw_ids, re
     [
         ({"labels": torch.tensor([0, 1]), "targets": torch.zeros(2, 5, dtype=torch.long)}, "not both"),
         ({"labels": torch.tensor([0, 4])}, r"target 4 is outside the 4 labels \(num_labels\)"),
-        ({"labels": torch.tensor([0])}, "shape of the input"),
+        ({"labels": torch.tensor([0])}, r"labels must have shape \(2,\), one a row; got \(1,\)"),
+        ({"labels": torch.tensor([[0], [1]])}, r"one a row; got \(2, 1\)"),
+        ({"labels": torch.tensor([0, -100])}, "class of every row; got -100"),
         ({"labels": torch.tensor([0.0, 1.0])}, "int64 or int32; got torch.float32"),
         ({"targets": torch.full((2, 5), 4)}, r"target 4 is outside the 4 labels"),
         ({"seq_idx": torch.tensor([[0, 0, 1, 1, 1]] * 2)}, "packed documents"),
         ({"attention_mask": torch.tensor([[1] * 5, [0] * 5])}, "a row has no tokens"),
+        ({"attention_mask": [[1] * 5] * 2}, "attention_mask must be a tensor; got list"),
+        ({"attention_mask": torch.ones(5)}, r"attention_mask must have shape \(2, 5\)"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message, classifier, draw_ids):
