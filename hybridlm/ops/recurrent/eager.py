@@ -64,7 +64,7 @@ def side_by_side(kind, x, weights, state, seq_idx, absent) -> tuple[Tensor, tupl
     lengths = torch.diff(starts, append=torch.full_like(starts[:1], len(tokens)))
     of, arriving = row[starts], first[starts]
     last = torch.cat([arriving[1:], arriving[:1]])
-    now = tuple(part[of] * arriving[:, None] for part in state)  # of every document
+    now = tuple(torch.where(arriving[:, None], part[of], 0.0) for part in state)  # of every document
     parts, places = [], []
     for power in reversed(range(t.bit_length())):
         here = (lengths >> power & 1).nonzero()[:, 0]

@@ -55,6 +55,16 @@ def test_eager_equals_naive_in_outputs_and_every_gradient(kind, t, with_state, w
     assert_all_close(*(results(kind, inputs, with_state, backend=backend, **how) for backend in ("eager", "naive")))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_no_number_stays_in_the_rows_first_document(kind):
+    x, weights, state = draw(kind, 7)
+    seq_idx = (torch.arange(7) >= 3).long().expand(3, -1)
+    lost = tuple(torch.full_like(part, torch.inf) for part in state)
+    y, final = recurrent(kind, x, weights, initial_state=lost, seq_idx=seq_idx)
+    expected, after = recurrent(kind, x, weights, initial_state=tuple(state), seq_idx=seq_idx)
+    assert_all_close([y[:, 3:], *final], [expected[:, 3:], *after], 0)
+
+
 def test_the_equations_are_those_of_torchs_modules():
     """Other code of torch's than the cells that the operator takes for a step."""
     modules = {
