@@ -182,12 +182,14 @@ def changes(plan: Plan, other: Plan) -> str:
 
 def page(f: dict[str, Any]) -> str:
     """The figures as a person reads them, each with what it is made of."""
+    cache = "Cache of one sequence: keys and values, and the last inputs of convolutions, in bf16; recurrent states in fp32."
+    if not f["cache"][-1]["bytes"]:
+        cache = "It has no cache: nothing is kept from one token to the next."
     parts = [
         f"pattern  {f['pattern']}",
         table(layer_rows(f), "<<"),
         table(sum_rows(f), "<><"),
-        "Cache of one sequence: keys and values, and the last inputs of the convolution, in bf16; the Mamba-2 state in fp32.\n"
-        + f["twin"],
+        f"{cache}\n{f['twin']}",
         table(cache_rows(f)),
         training_heading(f["training"]),
         table(training_rows(f["training"]), "<><"),

@@ -282,6 +282,17 @@ def test_small_memory_is_in_smaller_units():
     assert (gib(GIB), gib(GIB / 10), gib(GIB / 10 - 2**20)) == ("1.0 GiB", "0.1 GiB", "101.4 MiB")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hybrid_override_pattern": "rlgm-"}, "convolutions, in bf16; recurrent states in fp32."),
+        ({"hybrid_override_pattern": "rlgm*-", "bidirectional": "sum"}, "It has no cache"),
+    ],
+)
+def test_the_page_says_what_is_kept_between_tokens(changes, words, tiny_config):
+    assert words in page(figures(tiny_config(**changes), PLAIN))
+
+
 def test_the_cache_stands_beside_the_twins(tiny_config):
     content = figures(tiny_config(), PLAIN)
     for shown, row in zip(cache_rows(content)[1:], content["cache"], strict=True):
