@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import Cache
 
-State = tuple[Tensor, ...]  # (k, v) of attention, (conv, ssm) of Mamba; every tensor has the batch first
+State = tuple[Tensor, ...]  # (k, v) of attention, (conv, ssm) of Mamba, (h[, c]) of a cell; every tensor has the batch first
 
 
 class HybridCache(Cache):

@@ -41,7 +41,9 @@ def recurrent(
 
     Args:
         kind: a key of `GATES`.
-        x: (b t d), any floating dtype. Everything is computed in fp32 at least, for a state in bf16 would forget what is small.
+        x: (b t d), any floating dtype. Everything is computed in fp32 at least, for a state in bf16 would forget what is small;
+            but cuDNN rounds the factors of fp32 products to TF32, as torch lets it unless torch.backends.cudnn.allow_tf32 is
+            False.
         weights: W_ih (k n, d), W_hh (k n, n), b_ih and b_hh (k n), the gates in torch's order.
         initial_state: h (b n), of an LSTM also c (b n), in fp32 at least; of the row's first document. Zeros if absent.
         seq_idx: (b t) integers that never fall along t: the document of each token. No state crosses from one to the next.
