@@ -15,9 +15,9 @@ from train.sharding import initialise, recompute, shard
 
 # Every kind of layer; sizes that 2, 3 and 4 ranks do not divide: heads, vocabulary and channels.
 SHAPE = {
-    "hybrid_override_pattern": "M-M*-EM-", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 47, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 5,
-    "chunk_size": 8, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "hybrid_override_pattern": "M-M*-Erlgm", "recurrent_size": 7, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 47,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2,
+    "ssm_state_size": 5, "chunk_size": 8, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     "moe_shared_expert_intermediate_size": 20, "initializer_range": 0.3,
 }  # fmt: skip
 
@@ -69,14 +69,14 @@ def test_first_weights_depend_on_the_seed_and_nothing_else():
     again, other = build(), build(seed=1)
     for (name, a), b, c in zip(model.state_dict().items(), again.state_dict().values(), other.state_dict().values()):
         assert a.isfinite().all() and torch.equal(a, b), name
-        constant = name.endswith((".D", "norm.weight", "norm_f.weight", "correction_bias"))
-        assert torch.equal(a, c) == constant, name
+        constant = (".D", "norm.weight", "norm_f.weight", "correction_bias", "bias_ih", "bias_hh", "layers.9.mixer.A_log")
+        assert torch.equal(a, c) == name.endswith(constant), name
 
 
 def test_first_weights_are_of_the_distribution_that_the_model_draws_from():
     drawn, usual = build(), HybridLMForCausalLM(HybridLMConfig(**SHAPE))
     for (name, a), b in zip(drawn.state_dict().items(), usual.state_dict().values()):
-        if a.numel() > 200:
+        if a.numel() > 500 and not name.endswith("A_log"):
             assert torch.allclose(a.std(), b.std(), rtol=0.15) and a.mean().abs() < 0.2 * a.std(), name
     a, b = (layers.state_dict()["backbone.layers.0.mixer.in_proj.weight"] for layers in (drawn, drawn))
     assert not torch.equal(a, drawn.state_dict()["backbone.layers.2.mixer.in_proj.weight"])
@@ -115,8 +115,9 @@ def test_loss_and_every_gradient_are_bitwise_those_of_the_whole_model(run_ranks,
         for name, module in shared.named_modules():
             own = dict(module.named_parameters(name, recurse=False))
             names = {name: name.rsplit(".", 1)[-1] for name in own}
-            module.register_forward_pre_hook(
-                lambda m, _, names=names: seen.update({name: getattr(m, key).dtype for name, key in names.items()})
+            runs = shared.get_submodule(name.removesuffix(".cell"))  # which is never called, its mixer takes its weights
+            runs.register_forward_pre_hook(
+                lambda *_, m=module, names=names: seen.update({name: getattr(m, key).dtype for name, key in names.items()})
             )
         assert torch.equal(run(one), run(shared))
         narrow = [name for name, dtype in seen.items() if dtype != torch.float32]
