@@ -43,8 +43,9 @@ def test_bytes_are_those_of_the_tensors(tiny_model):
     assert cache.nbytes() == 4 * (3 * mamba + attention)
 
 
-def test_the_state_of_mamba_does_not_grow(tiny_model):
-    model = tiny_model(hybrid_override_pattern="M-")
+@pytest.mark.parametrize("pattern", ["M-", "rlgm-"])
+def test_a_recurrent_state_does_not_grow(pattern, tiny_model):
+    model = tiny_model(hybrid_override_pattern=pattern)
     caches = [model(torch.zeros(1, t, dtype=torch.long), use_cache=True).past_key_values for t in (1, 2, 9, 40)]
     assert len({cache.nbytes() for cache in caches}) == 1
     for cache in caches:  # and no state is a view that keeps more alive
@@ -85,8 +86,9 @@ def test_keys_are_written_where_there_is_room_and_moved_when_there_is_none(mode,
     assert 1 < len(keys) < 6 and len(states) == 1
 
 
-def test_a_cache_of_inference_mode_goes_on_outside_of_it(tiny_model, draw_ids):
-    model, ids = tiny_model(hybrid_override_pattern="M*-").double(), draw_ids(1, 9)
+@pytest.mark.parametrize("pattern", ["M*-", "rlgm-"])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(pattern, tiny_model, draw_ids):
+    model, ids = tiny_model(hybrid_override_pattern=pattern).double(), draw_ids(1, 9)
     with torch.inference_mode():
         cache = model(ids[:, :4], use_cache=True).past_key_values
         model(ids[:, 4:5], past_key_values=cache)
@@ -96,8 +98,9 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it(tiny_model, draw_ids):
 
 
 @pytest.mark.parametrize("t", [7, 9])  # one token behind the cache, and three
-def test_gradients_behind_a_cache_with_room_leave_it_as_it_is(t, tiny_model, draw_ids):
-    model, ids = tiny_model(hybrid_override_pattern="M*-").double(), draw_ids(1, t)
+@pytest.mark.parametrize("pattern", ["M*-", "rlgm-"])
+def test_gradients_behind_a_cache_with_room_leave_it_as_it_is(pattern, t, tiny_model, draw_ids):
+    model, ids = tiny_model(hybrid_override_pattern=pattern).double(), draw_ids(1, t)
     with torch.no_grad():
         cache = model(ids[:, :4], use_cache=True).past_key_values
         model(ids[:, 4:6], past_key_values=cache)

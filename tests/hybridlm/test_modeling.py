@@ -281,7 +281,7 @@ def test_ids_and_labels_of_32_bits_are_as_good(tiny_model, draw_ids):
     assert torch.equal(wide.logits, narrow.logits) and torch.equal(wide.loss, narrow.loss)
 
 
-@pytest.mark.parametrize("pattern", ["M-M*-M-", "MEM*E"])
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "MEM*E", "rlgm*-"])
 @pytest.mark.parametrize("t", [7, 8, 13])
 @torch.no_grad()
 def test_a_long_input_taken_in_pieces_gives_the_same(t, pattern, tiny_model, draw_ids, monkeypatch):
@@ -289,8 +289,8 @@ def test_a_long_input_taken_in_pieces_gives_the_same(t, pattern, tiny_model, dra
     whole = model(ids, use_cache=True)
     pieces = []
     monkeypatch.setattr(modeling, "CPU_PIECE", 8)  # of both rows together
-    for layer in model.backbone.layers:
-        if layer.mixer.hands_on:
+    for symbol, layer in zip(pattern, model.backbone.layers):
+        if symbol != "*":
             layer.mixer.register_forward_pre_hook(lambda mixer, args: pieces.append(args[0].shape[1]))
     again = model(ids, use_cache=True)
     assert set(pieces) == {4, t % 4 or 4}
