@@ -54,6 +54,11 @@ def test_layers_without_a_direction_and_causal_models_stay_as_they_are(bidirecti
     assert type(build_mixer("M", tiny_config(), ops)) is MIXERS["M"]
 
 
+def test_the_reverse_moves_to_a_device_with_the_rest():
+    reverse = Context(reverse=Context(padding=Padding.where(torch.zeros(1, 3, dtype=torch.bool)))).to("meta").reverse
+    assert reverse.padding.absent.device.type == "meta"
+
+
 def test_the_reversed_rows_number_their_documents_from_the_end():
     absent = torch.tensor([[True, False, False, False]])
     context = Context(seq_idx=torch.tensor([[3, 3, 7, 9]]), documents=[[2, 1, 1]], padding=Padding.where(absent)).reversed()
