@@ -17,9 +17,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 
 import hybridlm.__main__
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMForSequenceClassification
 from hybridlm.cluster import communication
 from hybridlm.memory import GIB, Plan, fits, peak_bytes
+from hybridlm.modeling import HybridLMModel
 from hybridlm.output import BYTES, scaled
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
@@ -29,7 +30,7 @@ from train.loop import train
 from train.optim import learning_rate
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(file for file in (ROOT / "configs").rglob("*.*") if "experiments" not in file.parts)
+FILES = sorted(file for file in (ROOT / "configs").rglob("*.*") if "experiments" not in file.parts and file.suffix != ".py")
 SHAPES = [file for file in FILES if file.parent.name == "model"]
 ACCELERATE = [file for file in FILES if file.parent.name == "accelerate"]
 LAUNCH = [file for file in FILES if file.parent.name == "launch"]
@@ -64,8 +65,9 @@ def test_a_run_parses_and_its_dump_reads_back_the_same(file):
 def test_a_shape_builds_to_the_parameters_that_are_counted(file):
     config = HybridLMConfig.from_strict_dict(load_yaml(file))
     with torch.device("meta"):
-        model = HybridLMForCausalLM(config)
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
+        backbone = HybridLMModel(config)
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    assert sum(p.numel() for p in backbone.parameters()) + head == count_parameters(config)
 
 
 @every(RUNS)
@@ -89,12 +91,13 @@ def narrow(shape):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """As many small sources as the largest blend names, and where what is made of them is kept."""
+    """As many small sources as the largest blend names, with labels, and where what is made of them is kept."""
     folder = tmp_path_factory.mktemp("texts")
     draw = random.Random(0)
     for name in "abcd":
-        lines = [json.dumps({"text": " ".join(draw.choices(["the", "cat", "sat", "on", "a", "mat"], k=20))}) for _ in range(20)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        words = [" ".join(draw.choices(["the", "cat", "sat", "on", "a", "mat"], k=20)) for _ in range(20)]
+        rows = [{"text": text, "label": "abc"[i % 3]} for i, text in enumerate(words)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -111,6 +114,7 @@ def test_a_run_takes_a_step(file, texts, tmp_path):
             entry["source"] = str(texts / f"{name}.jsonl")
     else:
         data["source"] = str(texts / "a.jsonl")
+    data["label_column"] = data["label_column"] and "label"
     data["val_source"] = data["val_source"] and str(texts / "a.jsonl")
     values["train"] |= {"steps": 1, "global_batch": 2, "micro_batch": values["train"]["micro_batch"] and 1, "val_sequences": 2}
     values["log"] |= {"sample_tokens": min(2, values["log"]["sample_tokens"]), "wandb": False}
@@ -120,8 +124,10 @@ def test_a_run_takes_a_step(file, texts, tmp_path):
     config = parse(parse_yaml(json.dumps(values)))
     train(config)
     (line,) = [line for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "loss" in line]
-    assert line["step"] == 1 and 5 < line["loss"] < 6.5  # ln(272) = 5.6
-    assert HybridLMForCausalLM.from_pretrained(tmp_path / "run/model").config.vocab_size == config.model.config["vocab_size"]
+    least, most = (5, 6.5) if config.data.label_column is None else (0.5, 2)  # ln(272) = 5.6, ln(3) = 1.1
+    assert line["step"] == 1 and least < line["loss"] < most
+    kind = HybridLMForCausalLM if config.data.label_column is None else HybridLMForSequenceClassification
+    assert kind.from_pretrained(tmp_path / "run/model").config.vocab_size == config.model.config["vocab_size"]
 
 
 @every(PAPER)
