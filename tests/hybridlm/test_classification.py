@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from hybridlm import HybridLMForCausalLM, HybridLMForSequenceClassification
+from hybridlm import HybridLMForCausalLM, HybridLMForSequenceClassification, HybridLMModel
 from hybridlm.tokenizer import byte_tokenizer
 
 WAYS = (None, "sum", "concat")
@@ -133,6 +133,8 @@ def test_what_is_saved_opens_with_the_auto_class_and_is_no_nemotron_h(bidirectio
     assert isinstance(opened, HybridLMForSequenceClassification) and opened.config.bidirectional == bidirectional
     assert opened.config.id2label == dict(enumerate("wxyz"))
     assert torch.equal(opened(ids).logits, model(ids).logits)
+    backbone = HybridLMModel.from_pretrained(tmp_path)
+    assert torch.equal(backbone(ids).last_hidden_state, model.backbone(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("bidirectional", WAYS)
