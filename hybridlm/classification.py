@@ -104,10 +104,9 @@ class HybridLMForSequenceClassification(HybridLMPreTrainedModel):
 
     def of_rows(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """hidden (b t d) -> (b d): one vector of each row."""
-        tokens = torch.ones_like(hidden[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if self.config.bidirectional is None:
-            last = (tokens * torch.arange(tokens.shape[1], device=tokens.device)).amax(1)
-            return hidden[torch.arange(len(last), device=last.device), last]
+            return hidden[:, -1]  # padding gives again what the token before it gave
+        tokens = torch.ones_like(hidden[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         return means(hidden[tokens], tokens.sum(1))
 
     def of_targets(self, hidden: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, targets: Tensor) -> Tensor:
