@@ -84,10 +84,12 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def evaluation(validation: dict[str, Any] | None, data: str, config: RunConfig) -> str:
     if validation is None:
         return "Not evaluated yet."
-    windows = "all windows" if config.train.val_sequences is None else f"{config.train.val_sequences:,} windows, spread evenly,"
+    of_text = config.data.label_column is None
+    chosen = "spread evenly" if of_text else "drawn once by the seed"
+    windows = "all windows" if config.train.val_sequences is None else f"{config.train.val_sequences:,} windows, {chosen},"
     return (
         f"After {validation['tokens']:,} tokens, on {windows} of the validation documents of {data}, "
-        "with no state carried between windows: "
+        + ("with no state carried between windows: " if of_text else "each by itself: ")
         + ", ".join(f"{validation[name]:.4f} {unit}" for name, unit in figures(config).items())
         + "."
     )

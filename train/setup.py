@@ -192,10 +192,11 @@ def build_tokenizer(config: RunConfig, model: AnyModel, start_from: Path | None 
 
 def closing(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PreTrainedTokenizerBase:
     """A tokenizer that makes of a text what a classifier was trained on: its tokens, as many as a window has room for, and the
-    end, at which the class is read."""
+    end, at which the class is read. What a text has of the names of special tokens is text."""
     closed, end = copy.deepcopy(tokenizer), tokenizer.eos_token
     special = [(end, tokenizer.eos_token_id)]
     closed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)
+    closed.split_special_tokens = closed.init_kwargs["split_special_tokens"] = True  # what is saved is what is in init_kwargs
     closed.model_max_length, closed.padding_side, closed.truncation_side = seq_len, "right", "right"
     return closed
 

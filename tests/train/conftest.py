@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -54,6 +55,26 @@ def make_config(text_folder, tmp_path):
             *section, field = name.split("__")
             (values.setdefault(section[0], {}) if section else values)[field] = value
         return parse(values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def labelled_rows(tmp_path_factory):
+    """Sixty documents of three labels, each of letters of its own; some are longer than a window of 32."""
+    file, draw = tmp_path_factory.mktemp("labelled") / "rows.jsonl", random.Random(3)
+    letters = {"cat": "uvw", 9: "xyz", "10": "pqr"}
+    rows = [(label, "".join(draw.choices(letters[label], k=draw.randrange(2, 50)))) for label in [*letters] * 20]
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for label, text in rows))
+    return file
+
+
+@pytest.fixture
+def make_labelled(make_config, labelled_rows):
+    def make(bidirectional=None, **changes) -> RunConfig:
+        """As `make_config`, of a classifier."""
+        values = {"data__source": str(labelled_rows), "data__label_column": "label", "data__val_fraction": 0.25}
+        return make_config(**({"model": {"config": SHAPE | {"bidirectional": bidirectional}}} | values | changes))
 
     return make
 

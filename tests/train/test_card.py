@@ -34,6 +34,24 @@ def test_the_python_of_the_card_runs(make_config):
     assert scope["model"](torch.tensor([scope["tokenizer"]("the cat")["input_ids"]])).logits.isfinite().all()
 
 
+def test_the_card_of_a_classifier_tells_its_labels_its_accuracy_and_how_to_open_it(make_labelled):
+    config = make_labelled("sum", train__steps=2)
+    train(config)
+    folder = Path(config.run_dir) / "model"
+    card, text = ModelCard.load(folder / "README.md"), (folder / "README.md").read_text()
+    *_, measured = map(json.loads, (folder.parent / "metrics.jsonl").read_text().splitlines())
+    assert card.data.pipeline_tag == "text-classification" and card.data.tags == ["hybrid", "mamba2", "hybridlm"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {"val_loss": measured["val_loss"], "val_accuracy": measured["val_accuracy"]}
+    assert f"{measured['val_loss']:.4f} nats/document, {measured['val_accuracy']:.4f} accuracy" in text
+    assert "4 windows, drawn once by the seed, of" in text and "A classifier into 3 labels of" in text
+    scope = {"folder": folder}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    model = scope["model"]
+    assert f"of {sum(p.numel() for p in model.parameters()):,} parameters" in text
+    assert model(torch.tensor([scope["tokenizer"]("the cat")["input_ids"]])).logits.shape == (1, 3)
+
+
 @pytest.mark.parametrize("changes", [{"rope_theta": 1e4}, {"hybrid_override_pattern": "ME"}])
 def test_the_card_says_what_kind_of_model_it_is(changes, make_config, tiny):
     config = make_config(model__init_from="some/model")

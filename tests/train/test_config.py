@@ -98,6 +98,14 @@ def test_all_faults_of_the_data_come_in_one_message():
     assert str(error.value).count("\n") == 5
 
 
+@pytest.mark.parametrize("given", [{"streaming": True}, {"carry_state": True}, {"packing": "best-fit"}, {"blend": TWO}])
+def test_labels_are_of_whole_documents_of_one_source(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=rf"1 fault\(s\):\n  data\.{name}: documents with labels \(data\.label_column\)"):
+        parse(data(label_column="x", **given))
+    assert parse(data(label_column="x", source="a")).data.label_column == "x"
+
+
 def test_a_blend_has_a_weight_for_each_source_in_each_phase_and_its_dump_reads_back():
     blend = [TWO[0] | {"weight": [0.7, 0.5, 0.2]}, TWO[1] | {"text_column": "body", "revision": "main"}]
     config = parse(data(blend=blend, phases=[0.6, 0.8]))

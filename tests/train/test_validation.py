@@ -11,13 +11,14 @@ from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 
 from hybridlm import HybridLMForCausalLM
+from hybridlm.data.labelled import Labelled
 from hybridlm.data.sources import Source, split_source
 from hybridlm.scoring import batch_arrays
 from hybridlm.tokenizer import byte_tokenizer
 from train import validation
 from train.loop import train
 from train.setup import build_model, build_tokenizer, open_data
-from train.validation import sample_text, validation_loss
+from train.validation import classification, sample_text, validation_loss
 
 
 def lines(config, key):
@@ -182,3 +183,61 @@ def test_a_sample_ends_when_the_run_is_to_stop(make_config):
     text = sample_text(model, tokenizer, config, lambda: asked.append(1) or len(asked) == 3)
     assert len(asked) == 3
     assert len(sample_text(model, tokenizer, config)) > len(text)
+
+
+LABELS = ["9", "10", "cat"]
+
+
+def of_labels(config, **where):
+    """A classifier that tells nothing apart and is sure of it, and the documents held out."""
+    model = build_model(config, labels=LABELS, **where)
+    with torch.no_grad():
+        model.score.weight.mul_(100)
+    return model, open_data(config, byte_tokenizer(), 258, quiet=True)[1]
+
+
+@pytest.mark.parametrize("way", [None, "sum", "concat"])
+@pytest.mark.parametrize("wanted", [None, 3, 99])
+def test_a_classifier_is_measured_as_document_by_document(make_labelled, monkeypatch, way, wanted):
+    """In float64, with several windows a pass and fewer in the last."""
+    config = make_labelled(way, train__val_sequences=wanted)
+    model, (shards,) = of_labels(config)
+    monkeypatch.setattr(validation, "BATCH_TOKENS", 160)
+    line = classification(Accelerator(cpu=True), model.double(), [shards], config)
+    assert model.training
+    packed = Labelled(shards, 32, config.seed, 258, LABELS)
+    assert packed.windows > 10 and packed.windows % 5 and packed.cut
+    numbers = [d for n in range(packed.windows if wanted != 3 else 3) for d in packed.chosen(n)]
+    assert len(numbers) == len(set(numbers)) and (wanted == 3 or len(numbers) == 15)
+    nats, right = [], []
+    for number in numbers:
+        ids = shards.read(np.arange(shards.documents[number - 1, 0] if number else 0, shards.documents[number, 0]))
+        ids = torch.tensor([*ids[:-1][:31], 256])
+        label = torch.tensor(LABELS.index(shards.meta["labels"][shards.labels[number]]))
+        with torch.no_grad():
+            logits = model.eval()(ids[None]).logits[0]
+        nats.append(torch.nn.functional.cross_entropy(logits, label).item())
+        right.append(int(logits.argmax()) == label)
+    assert line["val_loss"] == pytest.approx(np.mean(nats), rel=1e-12) and line["val_loss"] > 0.5
+    assert line["val_accuracy"] == pytest.approx(np.mean(right)) and (wanted == 3 or 0 < line["val_accuracy"] < 1)
+
+
+@pytest.mark.parametrize(("ranks", "sharding", "wanted"), [(2, "none", 5), (3, "fsdp2", 2)])
+def test_ranks_together_have_the_accuracy_of_one_and_stop_together(make_labelled, run_ranks, ranks, sharding, wanted):
+    """With one window a batch, so that the ranks have different numbers of them, or none at all."""
+    config = make_labelled("sum", train__val_sequences=wanted)
+    alone = classification(Accelerator(cpu=True), *of_labels(config), config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def work(rank):
+        accelerator = Accelerator(cpu=True)
+        model, sources = of_labels(config, mesh=init_device_mesh("cpu", (ranks,)) if sharding == "fsdp2" else None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(validation, "BATCH_TOKENS", 32)
+            line = classification(accelerator, model, sources, config)
+            assert line == pytest.approx(alone, abs=1e-5)
+            assert classification(accelerator, model, sources, config, lambda: rank == 1) is None
+            assert model.training
+
+    ended = run_ranks(ranks, work)
+    assert [one.status for one in ended] == [0] * ranks, ended
