@@ -63,6 +63,11 @@ def read_run(run: Path) -> dict[str, Any]:
     config = yaml.safe_load(text)
     if not isinstance(config, dict) or not {"data", "train"} <= config.keys():
         raise ValueError(f"{run}/config.yaml is not the configuration of a run: it lacks the sections data and train. {remedy}")
+    if isinstance(config["data"], dict) and config["data"].get("label_column") is not None:
+        raise ValueError(
+            f"{run} trains a classifier (data.label_column), and a report is on language models. `python -m train status {run}` "
+            f"has its figures, {run}/metrics.jsonl those of each step."
+        )
     folder = run / "model"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{run} has no checkpoint yet: there is no {folder}. Report on it after its first checkpoint.")

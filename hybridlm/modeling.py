@@ -210,7 +210,8 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         if config.bidirectional is not None:
             raise ValueError(
                 f"bidirectional={config.bidirectional!r} is for classification (data.label_column): a language model would see "
-                "the tokens that it is to predict. Set bidirectional: null."
+                "the tokens that it is to predict. Set bidirectional: null, or open a classifier with "
+                "AutoModelForSequenceClassification."
             )
         self.ops = build_ops(backend)
         self.backbone = HybridLMModel(config, ops=self.ops)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from hybridlm.checkpoint import check_folder, check_shards, weight_faults
-from hybridlm.configuration import HybridLMConfig
+from hybridlm.configuration import CLASSIFIER, HybridLMConfig
 from hybridlm.mixers.mamba import FromRank, Mamba
 from hybridlm.mixers.mamba2 import GatedNorm, Mamba2
 from hybridlm.mixers.moe import Router
@@ -72,6 +72,11 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         if wants_info:
             return model, info
         faults = weight_faults(info | ({"mismatched_keys": []} if lenient else {}))
+        if faults and model.config.architectures == [CLASSIFIER]:
+            raise ValueError(
+                f"{name} is a classifier (data.label_column) and has no head of a language model; open it with "
+                "AutoModelForSequenceClassification."
+            )
         if faults:
             raise ValueError(f"the weights of {name} do not fit its config.json; {'; '.join(faults)}.")
         return model

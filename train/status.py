@@ -69,9 +69,14 @@ def look(run: Path) -> dict[str, Any]:
         "owner": _read_object(run / "owner.json") if running else None,
         "step": step,
         "steps": steps,
+        "loss_unit": "nats/document" if plan.get("classifies") else "nats/token",
         "tokens": _last(lines, "tokens"),
         "loss": _last(lines, "loss"),
-        "validations": [{k: line[k] for k in ("step", "val_loss")} for line in lines if _is_number(line.get("val_loss"))],
+        "validations": [
+            {k: line[k] for k in ("step", "val_loss", "val_accuracy") if k in line}
+            for line in lines
+            if _is_number(line.get("val_loss"))
+        ],
         "tokens_per_second": speed,
         "seconds_left": left if _is_number(left) else None,
         "last_line_seconds": now - metrics.stat().st_mtime if lines else None,
@@ -87,11 +92,12 @@ def look(run: Path) -> dict[str, Any]:
     return content | {"next": _next(content)}
 
 
-def _plan(file: Path) -> tuple[dict[str, int], str | None]:
-    """`steps`, `global_batch` and `seq_len`; or nothing, and what is wrong with the file."""
+def _plan(file: Path) -> tuple[dict[str, Any], str | None]:
+    """`steps`, `global_batch`, `seq_len` and whether it is a classifier that is trained (`classifies`); or nothing, and what is
+    wrong with the file."""
     try:
         config = load_yaml(file)
-        plan = {"steps": config["train"]["steps"], "global_batch": config["train"]["global_batch"]}
+        plan: dict[str, Any] = {"steps": config["train"]["steps"], "global_batch": config["train"]["global_batch"]}
         plan["seq_len"] = config["data"]["seq_len"]
     except ValueError as error:
         return {}, str(error)
@@ -99,7 +105,7 @@ def _plan(file: Path) -> tuple[dict[str, int], str | None]:
         return {}, f"config.yaml is not the settings of a run ({error})"
     if wrong := [f"{name} is {value!r}" for name, value in plan.items() if not (_is_count(value) and value > 0)]:
         return {}, f"config.yaml is not the settings of a run ({', '.join(wrong)})"
-    return plan, None
+    return plan | {"classifies": config["data"].get("label_column") is not None}, None
 
 
 def _is_number(value: Any) -> bool:
@@ -178,7 +184,8 @@ def _next(c: dict[str, Any]) -> str | None:
     """The command that comes next; None where a person must mend something first."""
     run, launch = shlex.quote(c["run"]), "accelerate launch" if len(c["ranks"]) > 1 else "python"
     go_on = f"{launch} -m train --config {run}/config.yaml"
-    after = {"running": f"tail -f {run}/metrics.jsonl", "done": f"python -m eval report --run {run}"}
+    report = None if c["loss_unit"] == "nats/document" else f"python -m eval report --run {run}"  # it is on language models
+    after = {"running": f"tail -f {run}/metrics.jsonl", "done": report}
     return None if c["state"] == "broken" else after.get(c["state"], go_on)
 
 
@@ -188,7 +195,7 @@ def page(c: dict[str, Any]) -> str:
         "run": [c["run"]],
         "state": [_state(c)],
         "progress": [_progress(c)],
-        "loss": [f"{c['loss']:.4f} nats/token"] if c["loss"] is not None else [],
+        "loss": [f"{c['loss']:.4f} {c['loss_unit']}"] if c["loss"] is not None else [],
         "validation": [_validation(c["validations"])] if c["validations"] else [],
         "speed": [_speed(c)] if c["tokens_per_second"] else [],
         "checkpoint": [*_saved(c)],
@@ -228,7 +235,8 @@ def _progress(c: dict[str, Any]) -> str:
 
 def _validation(found: list[dict[str, Any]]) -> str:
     last, best = found[-1], min(found, key=lambda one: one["val_loss"])
-    text = f"{last['val_loss']:.4f} at step {last['step']:,}"
+    right = f", accuracy {last['val_accuracy']:.4f}," if _is_number(last.get("val_accuracy")) else ""
+    text = f"{last['val_loss']:.4f}{right} at step {last['step']:,}"
     if len(found) > 1:
         text += f", {last['val_loss'] - found[-2]['val_loss']:+.4f} since step {found[-2]['step']:,}"
     return text + (f"; best {best['val_loss']:.4f} at {best['step']:,}" if best["step"] != last["step"] else "; the best so far")

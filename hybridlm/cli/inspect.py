@@ -6,7 +6,7 @@ from typing import Any
 
 from hybridlm.checkpoint import check_folder
 from hybridlm.cluster import communication
-from hybridlm.configuration import HybridLMConfig
+from hybridlm.configuration import CLASSIFIER, HybridLMConfig
 from hybridlm.flops import forward_flops, layer_flops, training_flops
 from hybridlm.memory import (
     GIB,
@@ -139,6 +139,7 @@ def figures(config: HybridLMConfig, plan: Plan, *, memory: float | None = None, 
         twin_is = f"No Transformer twin to compare with: {error}"
     return {
         "pattern": config.hybrid_override_pattern,
+        "classifier": classifier(config),
         "layers": rows,
         "parameters": total,
         "active_parameters": active_parameters(config),
@@ -152,6 +153,17 @@ def figures(config: HybridLMConfig, plan: Plan, *, memory: float | None = None, 
         "communication": communication(config, plan, steps) if plan.gpus > 1 else None,
         "inference": None if memory is None else {"memory_bytes": memory, "longest_context": longest_context(config, memory)},
     }
+
+
+def classifier(config: HybridLMConfig) -> str | None:
+    """What is counted of a classifier, which has another head."""
+    is_one = config.architectures == [CLASSIFIER]
+    if not is_one and config.bidirectional is None:
+        return None
+    rows, width = f"{config.num_labels:,}" if is_one else "labels", config.hidden_size
+    return (
+        f"A classifier: its head is {rows} x {width:,}. Counted is that of a language model, {config.vocab_size:,} x {width:,}."
+    )
 
 
 def training_figures(config: HybridLMConfig, plan: Plan, memory: float | None) -> dict[str, Any]:
@@ -186,7 +198,7 @@ def page(f: dict[str, Any]) -> str:
     if not f["cache"][-1]["bytes"]:
         cache = "It has no cache: nothing is kept from one token to the next."
     parts = [
-        f"pattern  {f['pattern']}",
+        f"pattern  {f['pattern']}" + (f"\n{f['classifier']}" if f["classifier"] else ""),
         table(layer_rows(f), "<<"),
         table(sum_rows(f), "<><"),
         f"{cache}\n{f['twin']}",

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from hybridlm import HybridLMForCausalLM, HybridLMForSequenceClassification, HybridLMModel
 from hybridlm.tokenizer import byte_tokenizer
@@ -149,3 +149,11 @@ def test_the_pipeline_of_transformers_runs_it(bidirectional, classifier, tmp_pat
         expected = model(torch.tensor([list(text.encode())])).logits.softmax(-1)[0]
         by_name = {one["label"]: one["score"] for one in scores}
         torch.testing.assert_close(torch.tensor([by_name[name] for name in "wxyz"]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", WAYS)
+def test_a_classifier_is_not_opened_as_a_language_model(bidirectional, classifier, tmp_path):
+    classifier(bidirectional).save_pretrained(tmp_path)
+    for kind in (HybridLMForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=r"data\.label_column.*AutoModelForSequenceClassification"):
+            kind.from_pretrained(tmp_path)

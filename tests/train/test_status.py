@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
@@ -307,3 +308,12 @@ def test_what_is_no_run_ends_with_2_and_says_so(what, tmp_path, run_main):
     code, out, err = run_main(cli.main, "status", place)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and ("is no run directory" if what == "folder" else "there is no folder") in err
+
+
+def test_a_classifiers_loss_is_of_documents_and_its_accuracy_is_told(make_labelled):
+    config = make_labelled("sum", train__steps=2)
+    train(config)
+    content, page = look(Path(config.run_dir))
+    accuracy = content["validations"][-1]["val_accuracy"]
+    assert f"loss {content['loss']:.4f} nats/document" in page and f", accuracy {accuracy:.4f}, at step 2" in page
+    assert (content["state"], content["next"]) == ("done", None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train.config
-from hybridlm import HybridLMForCausalLM
+from hybridlm import HybridLMForCausalLM, HybridLMForSequenceClassification
 from hybridlm.__main__ import main
 from hybridlm.cli.inspect import RUN_DEFAULTS, cache_rows, figures, gib, page, read_config, read_plan, sum_rows, training_rows
 from hybridlm.flops import forward_flops
@@ -303,3 +303,13 @@ def test_only_a_model_with_experts_has_idle_ones(tiny_config):
     for pattern, words in (("M-*-", "all: there are no experts"), ("MEM*", "all but the experts that a token does not go to")):
         (active,) = (row for row in sum_rows(figures(tiny_config(hybrid_override_pattern=pattern), PLAIN)) if row[0] == "active")
         assert active[2].endswith(words)
+
+
+def test_what_is_counted_of_a_classifier_is_said(tiny_config, tmp_path):
+    torch.manual_seed(0)
+    HybridLMForSequenceClassification(tiny_config(num_labels=5)).save_pretrained(tmp_path)
+    config = read_config(str(tmp_path))
+    said = f"A classifier: its head is 5 x {config.hidden_size}. Counted is that of a language model, {config.vocab_size:,} x"
+    assert said in page(figures(config, PLAIN))
+    assert "its head is labels x 64" in page(figures(read_config(str(SHAPES / "classify.yaml")), PLAIN))
+    assert "A classifier" not in page(figures(tiny_config(), PLAIN))
