@@ -322,3 +322,12 @@ def test_a_single_huge_document_is_cut():
     assert first_documents(["abc", "de", "f"], 5) == ["abc", "de"]
     assert first_documents(["abc", "def", "g"], 5) == ["abc"]
     assert first_documents(["aïï", "b"], 4) == ["aï"]
+
+
+def test_a_classifier_is_refused_with_where_its_figures_are(command, fake_run):
+    config = yaml.safe_load((fake_run / "config.yaml").read_text())
+    config["data"]["label_column"] = "label"
+    (fake_run / "config.yaml").write_text(yaml.safe_dump(config))
+    status, out, err = command("report", "--run", fake_run)
+    assert (status, out) == (2, "")
+    assert "trains a classifier (data.label_column)" in err and "python -m train status" in err
