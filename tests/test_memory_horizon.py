@@ -98,6 +98,7 @@ def test_the_page_has_the_figures(horizon, results):
         horizon.recall_table(results["recall"]), horizon.clipping_table(results["recall"]),
         horizon.gradient_table(results["gradients"]), horizon.text_table(results["text"]),
         horizon.speed_table(results["training_speed"], results["generation_speed"]),
+        horizon.text_table(json.loads((SCRIPT.parent / "tinyshakespeare.json").read_text())["text"]),
     ]  # fmt: skip
     for table in tables:
         assert table in page, table

@@ -85,7 +85,7 @@ def evaluation(validation: dict[str, Any] | None, data: str, config: RunConfig) 
     if validation is None:
         return "Not evaluated yet."
     of_text = config.data.label_column is None
-    chosen = "spread evenly" if of_text else "drawn once by the seed"
+    chosen = "spread evenly" if of_text else "drawn once"
     windows = "all windows" if config.train.val_sequences is None else f"{config.train.val_sequences:,} windows, {chosen},"
     return (
         f"After {validation['tokens']:,} tokens, on {windows} of the validation documents of {data}, "
