@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMModel, modeling
 
-PATTERNS = ["M-M*-M-", "MEM*-ME", "m-M*mE-"]
+PATTERNS = ["M-M*-M-", "MEM*-ME", "mrE*l-g"]
 CLASSES = [HybridLMForCausalLM, HybridLMModel]
 both = pytest.mark.parametrize("pattern", PATTERNS)
 each_class = pytest.mark.parametrize("model_class", CLASSES)

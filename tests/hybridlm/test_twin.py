@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMForSequenceClassification
+from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMForSequenceClassification, HybridLMModel
 from hybridlm.twin import active_parameters, count_parameters, transformer_twin
 
 SHAPES = Path(__file__).parents[2] / "configs" / "model"
@@ -32,8 +32,12 @@ def shape(name):
 
 
 def parameters_of_the_model(config):
+    """Of the language model; of a bidirectional shape, which is none, of its stack, and of a head as large as the embedding."""
     with torch.device("meta"):
-        return sum(p.numel() for p in HybridLMForCausalLM(config).parameters())
+        if config.bidirectional is None:
+            return sum(p.numel() for p in HybridLMForCausalLM(config).parameters())
+        stack = HybridLMModel(config)
+    return sum(p.numel() for p in stack.parameters()) + stack.embeddings.weight.numel()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHAPES.glob("*.yaml")))

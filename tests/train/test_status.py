@@ -310,10 +310,11 @@ def test_what_is_no_run_ends_with_2_and_says_so(what, tmp_path, run_main):
     assert err.startswith("error: ") and ("is no run directory" if what == "folder" else "there is no folder") in err
 
 
-def test_a_classifiers_loss_is_of_documents_and_its_accuracy_is_told(make_labelled):
+def test_a_classifiers_loss_is_of_documents_and_its_accuracy_is_told(make_labelled, tmp_path, monkeypatch):
     config = make_labelled("sum", train__steps=2)
     train(config)
-    content, page = look(Path(config.run_dir))
+    monkeypatch.chdir(tmp_path)
+    content, page = look(Path(config.run_dir).relative_to(tmp_path))
     accuracy = content["validations"][-1]["val_accuracy"]
     assert f"loss {content['loss']:.4f} nats/document" in page and f", accuracy {accuracy:.4f}, at step 2" in page
     assert (content["state"], content["next"]) == ("done", None)
