@@ -30,9 +30,8 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from hybridlm.checkpoint import check_folder, check_shards
 from train import files, tensor_files
 from train.carried import PREFIX, Carried
 from train.ranks import together
@@ -210,42 +209,6 @@ def _fill(
     if "rng_cuda" in rng:
         torch.cuda.set_rng_state(rng["rng_cuda"])
     return json.loads((folder / "state.json").read_text())
-
-
-def load_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None = None, only: str = "") -> None:
-    """Fills a model with the weights of a `from_pretrained` folder on this machine, of any floating point numbers. A rank reads
-    only what it has of the model, and what its parameters held is never looked at. Nothing is changed before all is checked. All
-    ranks of the group must call it.
-
-    Args:
-        only: the weights whose names begin so; the others stay as they are.
-
-    Raises:
-        ValueError: no such folder, weights outside of it, or weights that do not fit: all listed.
-    """
-    together(group, lambda: _fill_weights(folder, model, group, only))
-
-
-def _fill_weights(folder: str | Path, model: PreTrainedModel, group: ProcessGroup | None, only: str) -> None:
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"there is no checkpoint folder {folder} on this machine.")
-    check_folder(path)
-    check_shards(path)
-    if (path / SAFE_WEIGHTS_NAME).exists():  # before an index, as in transformers
-        got = stored([path / SAFE_WEIGHTS_NAME])
-    elif (index := path / SAFE_WEIGHTS_INDEX_NAME).exists():
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {file: stored([path / file]) for file in sorted(set(file_of.values()))}
-        got = {name: found[file][name] for name, file in file_of.items() if name in found[file]}
-    else:
-        raise ValueError(f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
-    want, ignored = model.state_dict(), model._keys_to_ignore_on_load_unexpected or []
-    want, got = ({name: one for name, one in some.items() if name.startswith(only)} for some in (want, got))
-    got = {name: one for name, one in got.items() if name in want or not any(re.search(pattern, name) for pattern in ignored)}
-    if faults := mismatch("weights", want, got, cast=True):
-        raise ValueError(f"the weights of {folder} do not fit this model: {'; '.join(faults)}.")
-    tensor_files.read(got, want, group)
 
 
 def folders(run_dir: Path) -> list[tuple[int, Path]]:

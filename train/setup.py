@@ -33,9 +33,10 @@ from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
-from train import checkpoint, launch, sharding
+from train import launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
+from train.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def build_model(
         with suppress(OSError):  # it has none
             model.generation_config = GenerationConfig.from_pretrained(folder)
     if folder is not None and start_from is None:
-        checkpoint.load_weights(folder, model, group, only="" if labels is None or has_head else "backbone.")
+        load_weights(folder, model, group, only="" if labels is None or has_head else "backbone.")
     return model
 
 

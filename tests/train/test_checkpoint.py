@@ -18,6 +18,7 @@ from train import checkpoint, files, tensor_files
 from train.config import Optim
 from train.optim import adamw
 from train.setup import build_model
+from train.weights import load_weights
 
 
 @pytest.fixture
@@ -335,7 +336,7 @@ def test_weights_of_any_folder_fill_a_model_whatever_it_held(tmp_path, trained, 
         index.write_text(json.dumps(content))
     for p in trained[0].parameters():
         p.data.fill_(torch.nan)
-    checkpoint.load_weights(tmp_path, trained[0])
+    load_weights(tmp_path, trained[0])
     opened = HybridLMForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     for name, tensor in trained[0].state_dict().items():
         assert tensor.dtype == torch.float32
@@ -353,7 +354,7 @@ def test_weights_that_do_not_fit_are_all_named_and_nothing_is_changed_by_them(tm
     step(*trained)
     before = snapshot(trained)
     with pytest.raises(ValueError, match="do not fit this model") as error:
-        checkpoint.load_weights(folder, trained[0])
+        load_weights(folder, trained[0])
     for part in (
         f"missing ['{first}']",
         "unknown ['extra']",
@@ -369,22 +370,22 @@ def test_weights_that_do_not_fit_are_all_named_and_nothing_is_changed_by_them(tm
 
 def test_a_folder_without_weights_or_with_an_index_that_leads_outside_is_refused(tmp_path, trained):
     with pytest.raises(ValueError, match=r"there is no checkpoint folder .* on this machine"):
-        checkpoint.load_weights("nvidia/Nemotron-H-8B-Base-8K", trained[0])
+        load_weights("nvidia/Nemotron-H-8B-Base-8K", trained[0])
     folder = save(tmp_path, trained) / "model"
     (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"has no weights: neither model\.safetensors nor model\.safetensors\.index\.json"):
-        checkpoint.load_weights(folder, trained[0])
+        load_weights(folder, trained[0])
     weight_map = dict.fromkeys(trained[0].state_dict(), "absent.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"absent\.safetensors cannot be read"):
-        checkpoint.load_weights(folder, trained[0])
+        load_weights(folder, trained[0])
     weight_map = dict.fromkeys(trained[0].state_dict(), "../../../other.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(ValueError, match="names files outside its folder"):
-        checkpoint.load_weights(folder, trained[0])
+        load_weights(folder, trained[0])
     (folder / "adapter_config.json").touch()  # of a download too, of which only its name was looked at before
     with pytest.raises(ValueError, match=r"adapter_config\.json, which could name other weights"):
-        checkpoint.load_weights(folder, trained[0])
+        load_weights(folder, trained[0])
 
 
 def test_weights_that_are_not_those_that_were_saved_are_found_after_the_load(tmp_path, trained):

@@ -24,6 +24,7 @@ from tests.conftest import TINY
 from train import checkpoint, files, ranks, tensor_files
 from train.config import Optim
 from train.optim import adamw
+from train.weights import load_weights
 
 SMALL = 8_000  # bytes of a file, for which a tiny checkpoint is many
 PARTS = 4  # of a sweep, so that processes can share it
@@ -131,7 +132,7 @@ def test_any_number_of_ranks_reads_all_of_it_and_writes_the_same_bytes(tmp_path,
         assert holds(model, optimizer, 7)
         assert all(isinstance(p, DTensor) and isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in model.parameters())
         weights, _ = build(group)
-        checkpoint.load_weights(folder / "model", weights, group)
+        load_weights(folder / "model", weights, group)
         assert all(rows(tensor, value(name, tensor.shape, 7)) for name, tensor in weights.state_dict().items())
 
     well(run_ranks(count, work))
@@ -284,7 +285,7 @@ def test_what_else_fails_on_one_rank_is_told_on_all(tmp_path, run_ranks, monkeyp
         with pytest.raises(ValueError, match=r"^rank 1: .*absent"):
             checkpoint.load(seen, model, optimizer, group)
         with pytest.raises(ValueError, match=r"^rank 1: .*absent"):
-            checkpoint.load_weights(seen / "model", model, group)
+            load_weights(seen / "model", model, group)
 
     well(run_ranks(2, work))
 
