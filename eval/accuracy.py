@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from yaml import YAMLError
 
-from eval.journal import Journal, identity
 from eval.models import open_model
 from hybridlm.checkpoint import check_folder
+from hybridlm.journal import Journal, identity
 from hybridlm.output import quiet
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from eval import ceiling, contenders
 from eval.contenders import CONTENDERS, FULL, SMALL, Shapes, Task, model_flops
-from eval.machine import machine
 from eval.output import rows_table
 from eval.workers import worker
+from hybridlm.machine import machine
 from hybridlm.output import write_json
 
 # On a CPU without bf16 units bf16 takes a hundred times as long as fp32; its rows then take shapes of a few seconds.

@@ -16,11 +16,11 @@ from eval.ceiling import DTYPES
 from eval.workers import peak_memory, resident
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.allocator import keep_freed_memory
-from hybridlm.cache import HybridCache
 from hybridlm.cli.verify import relative
 from hybridlm.flops import forward_flops
 from hybridlm.mixers.context import Context
 from hybridlm.output import quiet
+from hybridlm.timing import cache_bytes
 
 CONTENDERS = {
     "hybridlm": "hybridlm",
@@ -230,18 +230,6 @@ def decode(model: Any, token: Tensor, behind: Any, new: int) -> list[float]:
         token = model(token, past_key_values=behind, use_cache=True).logits.argmax(-1)
         seconds.append(time.perf_counter() - start)
     return seconds
-
-
-def cache_bytes(kept: Any) -> int:
-    """Of the tensors of our cache or of one of transformers."""
-    if isinstance(kept, HybridCache):
-        return kept.nbytes()
-    if isinstance(kept, Tensor):
-        return kept.nbytes
-    if isinstance(kept, dict):
-        return sum(map(cache_bytes, kept.values()))
-    layers = getattr(kept, "layers", None)
-    return sum(cache_bytes(vars(layer)) for layer in layers) if layers is not None else 0
 
 
 @torch.inference_mode()

@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.journal import Journal
 from eval.models import Finite, broken_part, check_vocabulary, in_batches
 from hybridlm import HybridLMForCausalLM
 from hybridlm.cache import HybridCache
+from hybridlm.journal import Journal
 
 LOGITS_AT_A_TIME = 1024  # positions of a model of ours whose logits exist together
 Request = tuple[Any, list[int], list[int]]  # as lm_eval has tokenised it: (key, context, continuation)

@@ -13,14 +13,13 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.journal import Journal, identity
 from eval.models import Finite, check_vocabulary, in_batches, open_model
-from eval.output import cell
 from eval.synthetic import TASKS, Question, fit, questions, training_texts
 from hybridlm.arguments import check_names
 from hybridlm.checkpoint import check_folder, load_tokenizer
 from hybridlm.data.shards import tokenize
-from hybridlm.output import quiet
+from hybridlm.journal import Journal, identity
+from hybridlm.output import cell, quiet
 from hybridlm.tokenizer import byte_tokenizer
 
 COLUMNS = {

@@ -8,9 +8,10 @@ from typing import Any
 from eval.charts import TWIN_LABEL
 from eval.compare import less_is_better
 from eval.generation import FIT
-from eval.output import cell
 from eval.results import KEYS, Results, identity
-from eval.sections import by_settings, short
+from eval.sections import by_settings
+from hybridlm.output import cell
+from hybridlm.pages.blocks import short
 
 Rows = list[dict[str, Any]]
 

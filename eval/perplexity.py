@@ -11,13 +11,13 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.journal import Journal, identity
 from eval.models import broken_part, check_vocabulary, in_batches, open_model, stock_nll
 from hybridlm import HybridLMForCausalLM
 from hybridlm.cache import HybridCache
 from hybridlm.checkpoint import check_folder
 from hybridlm.data.shards import bytes_after_first, tokenize
 from hybridlm.data.sources import NoSuchSplit, Source, open_source
+from hybridlm.journal import Journal, identity
 from hybridlm.output import quiet
 from hybridlm.scoring import Window, batch_arrays, nll, windows
 

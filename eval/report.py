@@ -14,17 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval import perplexity, throughput
 from eval.baselines import order3_bits_per_byte, xz_bits_per_byte
-from eval.charts import TWIN_LABEL, write_png
-from eval.machine import machine
+from eval.charts import TWIN_LABEL
 from eval.models import is_ours, open_model
 from eval.overview import cards, headline, notices, side_by_side, subtitle, title
-from eval.page import markdown, page
 from eval.results import Results, identity, labels, read_results, with_origin
 from eval.sections import SIDE_BY_SIDE, sections
 from eval.throughput import TWIN
 from hybridlm import HybridLMConfig
 from hybridlm.data.sources import Source, split_source
+from hybridlm.machine import machine
 from hybridlm.output import quiet, write_json
+from hybridlm.pages.charts import write_png
+from hybridlm.pages.page import markdown, page
 from hybridlm.pattern import RECURRENT
 from hybridlm.twin import count_parameters, transformer_twin
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from eval import generation
 from eval.generation import FIT, Batch
-from eval.journal import Journal, identity
-from eval.machine import machine
 from eval.models import is_ours
 from eval.output import rows_table
 from eval.roofline import Assumptions, estimate
 from eval.workers import worker
 from hybridlm import HybridLMConfig
+from hybridlm.journal import Journal, identity
+from hybridlm.machine import machine
 from hybridlm.pattern import RECURRENT
 from hybridlm.twin import transformer_twin
 

@@ -19,6 +19,14 @@ def scaled(value: float, units: Sequence[str]) -> str:
     return (f"{value:,.0f}" if whole else f"{value:#.3g}".rstrip(".")) + units[power]
 
 
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def table(rows: Sequence[Sequence[str]], align: str = "<") -> str:
     """Rows of cells, the headings first. `align` has `<` or `>` for each column; those after its last stand to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -10,6 +10,7 @@ from eval import contenders
 from eval.contenders import CONTENDERS, FULL, SMALL, Shapes, Task, llama_flops, model_flops
 from hybridlm import HybridLMForCausalLM
 from hybridlm.flops import forward_flops
+from hybridlm.timing import cache_bytes
 from hybridlm.twin import count_parameters
 
 TRAIN = Task("train", "train", "fp32", 2, 12)
@@ -152,7 +153,7 @@ def test_the_cache_in_bytes(load, name):
     channels = 4 * 8 + 2 * 8
     window = {"hybridlm": 3, "nemotron_h": 4}.get(name, 0)  # inputs that the convolution keeps
     mamba = 4 * 8 * 8 + window * channels if window else 0
-    assert contenders.cache_bytes(kept) == 4 * (attention + mamba)
+    assert cache_bytes(kept) == 4 * (attention + mamba)
 
 
 @pytest.mark.parametrize("name", CONTENDERS)

@@ -3,8 +3,6 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -14,7 +12,8 @@ from transformers import (
 )
 
 from eval import generation
-from eval.generation import FIT, fit, generate, mark, memory_errors, prepare, request, seconds_between
+from eval.generation import FIT, fit, memory_errors, prepare, request
+from hybridlm.timing import generate
 from hybridlm.twin import transformer_twin
 
 SMALL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -144,21 +143,6 @@ def test_the_twin_is_built(tiny_config):
     assert request(1, 5, 4, 2)["cache_bytes"] == 2 * 4 * twin.hybrid_override_pattern.count("*") * 2 * 2 * 8 * (5 + 3)
 
 
-def test_a_request_writes_the_tokens_of_greedy_generation(tiny_model, monkeypatch):
-    model, read = tiny_model(), []
-    hook = model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
-    found = generate(model, 3, 7, 6, 2)
-    hook.remove()
-    expected = model.generate(read[0], max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert read[0].shape == (2, 7)
-    assert torch.cat(read, dim=1).equal(expected[:, :-1])
-    assert len(found["steps"]) == 5
-    assert sum(found["steps"]) <= found["total"] - found["first"]
-    read.clear()
-    generate(model, 4, 7, 1, 2)
-    assert not read
-
-
 def test_stock_models_keep_their_own_cache(tmp_path):
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     LlamaForCausalLM(LlamaConfig(**SMALL, **shape, num_hidden_layers=2)).save_pretrained(tmp_path)
@@ -168,29 +152,6 @@ def test_stock_models_keep_their_own_cache(tmp_path):
     shape = {"hidden_size": 16, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
     mamba = Mamba2ForCausalLM(Mamba2Config(**SMALL, **shape, num_hidden_layers=1)).eval()
     assert generate(mamba, 1, 9, 3, 2)["cache_bytes"] >= 4 * 2 * (4 * 8 * 4)
-
-
-def test_a_token_behind_a_cache_is_not_the_first():
-    """Bamba counts positions from 0 where none are given."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    mamba = {
-        "num_hidden_layers": 2,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 4,
-        "mamba_n_groups": 2,
-        "mamba_chunk_size": 8,
-    }
-    config = BambaConfig(**SMALL, **shape, **mamba, attn_layer_indices=[1], initializer_range=0.5)
-    model, read = BambaForCausalLM(config).eval(), []
-    hook = model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
-    generate(model, 3, 11, 8, 2)
-    hook.remove()
-    written = read[0].clone()
-    for _ in read[1:]:
-        written = torch.cat([written, model(input_ids=written, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.cat(read, dim=1).equal(written)
 
 
 def test_a_seed_draws_the_twin(tiny_config):
@@ -206,23 +167,6 @@ def test_positions_that_end(tmp_path):
     prepare(str(tmp_path), None, 14, 3, 1, None)
     with pytest.raises(ValueError, match="cannot read 15 tokens and write 3: its positions end before"):
         prepare(str(tmp_path), None, 15, 3, 1, None)
-
-
-def test_without_a_cache_nothing_is_timed(tiny_model):
-    model = tiny_model()
-    forward = model.forward
-
-    def forgetful(**inputs):
-        return forward(**inputs | {"use_cache": False})
-
-    model.forward = forgetful
-    with pytest.raises(ValueError, match="HybridLMForCausalLM keeps no cache between tokens"):
-        generate(model, 0, 4, 2, 1)
-
-
-def test_moments_of_the_cpu_are_seconds():
-    start = mark(torch.device("cpu"))
-    assert 0 <= seconds_between(start, mark(torch.device("cpu"))) < 60
 
 
 def test_a_model_that_gives_no_numbers_is_not_timed(tiny_model, monkeypatch):

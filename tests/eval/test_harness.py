@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.accuracy import load, prepare
 from eval.harness import Harness
-from eval.journal import Journal
 from eval.models import open_model
+from hybridlm.journal import Journal
 from hybridlm.tokenizer import byte_tokenizer
 
 

@@ -64,7 +64,7 @@ def report(command):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures take most of the time: where they are not what is tested they stay empty."""
-    monkeypatch.setattr("eval.charts._draw", lambda chart, theme, **form: b"")
+    monkeypatch.setattr("hybridlm.pages.charts._draw", lambda chart, theme, **form: b"")
 
 
 @pytest.fixture

@@ -1,30 +1,11 @@
 """Tables of the report; what becomes of them on a page is in test_report.py."""
 
-import pytest
-
-from eval.page import html_table, markdown_table
-from eval.sections import Shown, Table, accuracy, column_leaders, configuration, leaders
+from eval.sections import accuracy, configuration
+from hybridlm.pages.blocks import Shown
 
 
 def row(label, task="piqa", value=0.5, **fields):
     return {"label": label, "task": task, "metric": "acc", "value": value, "questions": 8, **fields}
-
-
-@pytest.mark.parametrize(
-    ("values", "pick", "best"),
-    [
-        ([1, 3, 2], max, {1}),
-        ([1, 3, 2], min, {0}),
-        ([3, Shown("three", 3), 2], max, {0, 1}),  # a tie at the top
-        ([2, 2.0], max, set()),  # equals
-        ([None, 2], max, set()),  # nothing beside it
-        ([None, 2, "-", 5], min, {1}),
-    ],
-)
-def test_the_best_of_a_column(values, pick, best):
-    rows = [{"x": value, "y": 1} for value in values]
-    assert column_leaders(rows, {"x": pick, "y": max}) == {(i, "x") for i in best}
-    assert leaders(rows, [], pick) == set()
 
 
 def test_the_best_of_each_task_whichever_way_it_counts_and_whatever_a_model_is_called():
@@ -45,11 +26,3 @@ def test_a_run_called_setting_stands_beside_the_settings():
     table = configuration(runs)[0]
     assert table.rows == [{"setting": "seed", "of setting": "1", "of b": "2"}]
     assert list(table.columns.values()) == ["what differs", "setting", "b"]
-
-
-def test_the_best_cells_are_set_off_and_numbers_are_sorted_by_their_values():
-    table = Table({"a": "name", "b": "much"}, [{"a": "x", "b": Shown("1.0 k", 1000)}, {"a": "y"}], {(0, "b")})
-    page = html_table(table)
-    assert '<td class="text">x</td><td class="best" data-value="1000">1.0 k</td>' in page
-    assert page.count("best") == 1
-    assert markdown_table(table).splitlines()[2:] == ["| x | **1.0 k** |", "| y | - |"]

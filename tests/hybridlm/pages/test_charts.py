@@ -1,6 +1,6 @@
 import pytest
 
-from eval.charts import POINTS, apart, brief, file_name, short_name, thinned
+from hybridlm.pages.charts import POINTS, apart, brief, file_name, short_name, thinned
 
 
 @pytest.mark.parametrize(

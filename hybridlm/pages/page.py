@@ -1,12 +1,12 @@
-"""The report as one HTML file that needs nothing else, and as Markdown beside its pictures."""
+"""A report as one HTML file that needs nothing else, and as Markdown beside its pictures."""
 
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from eval.charts import THEMES, Chart, svg_uri
-from eval.sections import Facts, Listing, Section, Table, Text, raw, text_of
+from hybridlm.pages.blocks import Facts, Listing, Section, Table, Text, raw, text_of
+from hybridlm.pages.charts import THEMES, Chart, svg_uri
 
 PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from eval.journal import Journal, identity
+from hybridlm.journal import Journal, identity
 
 
 def test_what_is_kept_is_not_made_again(tmp_path):
