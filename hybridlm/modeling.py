@@ -19,6 +19,7 @@ from hybridlm.mixers.context import Context
 from hybridlm.mixers.parts import Linear, RMSNorm
 from hybridlm.ops import Ops, build_ops
 from hybridlm.ops.cross_entropy import IGNORE
+from hybridlm.ops.distillation import Teacher
 from hybridlm.pretrained import HybridLMPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -176,11 +177,25 @@ class Head(Linear):
 
     def __init__(self, size: int, vocabulary: int, ops: Ops):
         super().__init__(size, vocabulary, bias=False)
-        self.loss = ops.cross_entropy
+        self.loss, self.distance = ops.cross_entropy, ops.distillation
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        teacher: Teacher | None = None,
+        temperature: float = 1.0,
+        label_weight: float = 0.0,
+    ) -> Tensor:
         """hidden (b t d) -> logits (b t v), or with `targets` (b t) the nats of every position (b t)."""
-        return super().forward(hidden) if targets is None else self.loss(hidden, self.weight, targets)
+        if targets is None:
+            return super().forward(hidden)
+        if teacher is None:
+            return self.loss(hidden, self.weight, targets)
+        distance = self.distance(hidden, self.weight, targets, teacher, temperature=temperature)
+        if not label_weight:
+            return distance
+        return (1 - label_weight) * distance + label_weight * self.loss(hidden, self.weight, targets)
 
 
 def check_targets(targets: Tensor, hidden: Tensor, count: int, among: str) -> None:
@@ -243,6 +258,9 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         targets: Tensor | None = None,
+        teacher: Teacher | None = None,
+        temperature: float = 1.0,
+        label_weight: float = 0.0,
         past_key_values: HybridCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -259,10 +277,14 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
                 all calls whose gradients are summed.
             targets: (b t) the target *at* each position, -100 for none. Gives `loss` (b t), nats of every position, and no
                 logits: the head and its loss run in blocks, so that training never holds all logits.
+            teacher: beside `targets`, makes `loss` the distance from this teacher's predictions at `temperature` wherever there
+                is a target (ops.distillation), with a share of `label_weight` of the nats of the targets themselves.
             logits_to_keep: the last so many positions (0: all), or their indices.
         """
         if labels is not None and targets is not None:
             raise ValueError("pass labels (shifted here) or targets (one at each position), not both.")
+        if teacher is not None and targets is None:
+            raise ValueError("pass targets beside teacher: where they are -100, nothing is learned from it either.")
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be a number of positions, 0 for all, or their indices; got {logits_to_keep}.")
         outputs = self.backbone(
@@ -280,7 +302,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         loss = logits = None
         if targets is not None:
             check_targets(targets, hidden, self.config.vocab_size, "vocabulary of {} (vocab_size)")
-            loss = self.lm_head(hidden, targets)
+            loss = self.lm_head(hidden, targets, teacher, temperature, label_weight)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if labels is None:

@@ -160,6 +160,22 @@ class Train:
 
 
 @dataclass(frozen=True, config=settings)
+class Distill:
+    teacher: str | None = None
+    """learn from this model, a folder or hub name: forward KL on its logits instead of the next-token loss"""
+    logits: str | None = None
+    """learn from the largest logits of a teacher in this folder, which `distill --write_logits` made; no teacher is in memory"""
+    top_k: Positive = 64
+    """entries of a token that are kept when logits are written"""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """what the logits of both are divided by; the loss is times its square"""
+    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of the loss that is the next-token loss on the text"""
+    hidden_weight: Rate = 0.0
+    """weight of the mean squared difference between the hidden states of teacher and student, each divided by its own size"""
+
+
+@dataclass(frozen=True, config=settings)
 class Log:
     every: Positive = 10
     """steps between lines in metrics.jsonl"""
@@ -185,6 +201,7 @@ class RunConfig:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)
+    distill: Distill = field(default_factory=Distill)
     log: Log = field(default_factory=Log)
 
 
@@ -213,7 +230,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         faults.append(
             f"schedule: warmup ({schedule.warmup}) and decay ({schedule.decay}) are shares of the run; together at most 1."
         )
-    faults += _data_faults(config.data, values.get("data", {}))
+    faults += _data_faults(config.data, values.get("data", {})) + _distill_faults(config)
     if config.data.blend:
         values = values | {"data": {**values["data"], "source": None}}
     if unknown := unknown_symbols(config.train.recompute):
@@ -281,6 +298,25 @@ def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:
         faults.append(f"data.streaming: {data.packing} packing must know all documents beforehand; set data.packing: stream.")
     if data.streaming and data.workers:
         faults.append(f"data.streaming: the stream is read in one process; set data.workers: 0, not {data.workers}.")
+    return faults
+
+
+def _distill_faults(config: RunConfig) -> list[str]:
+    distill, data = config.distill, config.data
+    if distill.teacher is None and distill.logits is None:
+        idle = [f"distill.{f.name}" for f in fields(Distill) if getattr(distill, f.name) != getattr(Distill, f.name)]
+        return [f"{', '.join(idle)}: nothing to learn from; set distill.teacher (a model) or distill.logits."] if idle else []
+    faults = []
+    if distill.teacher is not None and distill.logits is not None:
+        faults.append("distill: set distill.teacher (a model in memory) or distill.logits (what it said, on disk), not both.")
+    if distill.teacher is None and distill.hidden_weight:
+        faults.append("distill.hidden_weight: hidden states need the teacher itself (distill.teacher); on disk are logits.")
+    if distill.logits is not None and data.streaming:
+        faults.append("distill.logits: they are found by sample number; of a stream (data.streaming) nothing can be found again.")
+    unfit = {"label_column": "a classifier predicts no tokens", "carry_state": "a teacher's state is not carried on"}
+    faults += [
+        f"data.{name}: {why}, so it cannot be distilled; leave it away." for name, why in unfit.items() if getattr(data, name)
+    ]
     return faults
 
 

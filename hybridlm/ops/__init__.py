@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from hybridlm.ops import conv1d, cross_entropy, gated_norm, recurrent, rms_norm, selective_scan, ssd
+from hybridlm.ops import conv1d, cross_entropy, distillation, gated_norm, recurrent, rms_norm, selective_scan, ssd
 from hybridlm.ops.backend import resolve
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class Ops:
     gated_norm: Callable
     rms_norm: Callable
     cross_entropy: Callable
+    distillation: Callable
     backends: dict[str, str]  # which implementation each of them runs; under `auto`, `fused` on what is on a CUDA device
 
 
@@ -47,6 +48,7 @@ def build_ops(backend: str = "auto") -> Ops:
         "gated_norm": (gated_norm.gated_norm, gated_norm.IMPLEMENTATIONS),
         "rms_norm": (rms_norm.rms_norm, rms_norm.IMPLEMENTATIONS),
         "cross_entropy": (cross_entropy.cross_entropy, cross_entropy.IMPLEMENTATIONS),
+        "distillation": (distillation.distillation, distillation.IMPLEMENTATIONS),
     }
     chosen = {op: resolve(op, implementations, backend) for op, (_, implementations) in table.items()}
     logger.info("operators: %s", ", ".join(f"{op}={name}" for op, name in chosen.items()))

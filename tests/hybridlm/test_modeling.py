@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hybridlm import HybridLMForCausalLM, modeling
+from hybridlm.ops.distillation import Whole
 
 VOCABULARY = 61
 WIDE = ("A_log", "D", "dt_bias")
@@ -107,6 +108,23 @@ def test_targets_give_the_nats_of_every_token_and_no_logits(tiny_model, draw_ids
     theirs = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
     torch.testing.assert_close(output.loss, theirs.view(2, 9), rtol=1e-5, atol=1e-5)
     assert output.logits is None
+
+
+def test_a_teacher_makes_the_loss_a_distance_from_it_with_a_share_of_the_nats(tiny_model, draw_ids):
+    model, other = tiny_model(), tiny_model(hidden_size=24, num_attention_heads=3, num_key_value_heads=1)
+    ids, targets = draw_ids(2, 9), draw_ids(2, 9, seed=1)
+    targets[0, 3] = -100
+    q, p = model(ids).logits / 2, other(ids).logits / 2
+    distance = 4 * F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    distance[0, 3] = 0
+    teacher = Whole(other.backbone(ids, use_cache=False).last_hidden_state, other.lm_head.weight)
+    alone = model(ids, targets=targets, teacher=teacher, temperature=2.0)
+    torch.testing.assert_close(alone.loss, distance, rtol=1e-4, atol=1e-5)
+    assert alone.logits is None
+    mixed = model(ids, targets=targets, teacher=teacher, temperature=2.0, label_weight=0.25).loss
+    torch.testing.assert_close(mixed, 0.75 * distance + 0.25 * model(ids, targets=targets).loss, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="pass targets beside teacher"):
+        model(ids, teacher=teacher)
 
 
 def test_the_loss_reaches_every_parameter(tiny_model, draw_ids):

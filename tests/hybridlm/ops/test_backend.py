@@ -6,7 +6,19 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from hybridlm.ops import EVERY_TOKEN, backend, build_ops, conv1d, cross_entropy, gated_norm, kernels, recurrent, rms_norm, ssd
+from hybridlm.ops import (
+    EVERY_TOKEN,
+    backend,
+    build_ops,
+    conv1d,
+    cross_entropy,
+    distillation,
+    gated_norm,
+    kernels,
+    recurrent,
+    rms_norm,
+    ssd,
+)
 from hybridlm.ops import selective_scan as scan
 from hybridlm.ops.backend import can_fuse, lacking, pick, resolve
 from hybridlm.ops.conv1d.fused import refusal as conv1d_refusal
@@ -19,7 +31,8 @@ TABLES = {
     "selective_scan": scan.IMPLEMENTATIONS, "selective_scan_step": scan.STEP_IMPLEMENTATIONS,
     "conv1d": conv1d.IMPLEMENTATIONS,
     "gated_norm": gated_norm.IMPLEMENTATIONS, "rms_norm": rms_norm.IMPLEMENTATIONS,
-    "cross_entropy": cross_entropy.IMPLEMENTATIONS, "recurrent": recurrent.IMPLEMENTATIONS,
+    "cross_entropy": cross_entropy.IMPLEMENTATIONS, "distillation": distillation.IMPLEMENTATIONS,
+    "recurrent": recurrent.IMPLEMENTATIONS,
 }  # fmt: skip
 ALL = tuple(TABLES)
 PACKAGES = ("mamba_ssm", "causal_conv1d")

@@ -576,7 +576,7 @@ def test_a_model_trains_and_generates_as_by_the_specification(build, machine, dr
         model = build(backend, device, dtype)
         if backend == "fused":
             assert model.ops.backends == dict.fromkeys(KERNELS, "fused") | dict.fromkeys(
-                ("recurrent", "gated_norm", "rms_norm", "cross_entropy"), "eager"
+                ("recurrent", "gated_norm", "rms_norm", "cross_entropy", "distillation"), "eager"
             )
         loss = model(ids.to(device), targets=ids.roll(-1, 1).to(device), seq_idx=seq_idx.to(device)).loss
         loss.sum().backward()
