@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
-from train import prepare, status, tokenizer
+from train import distill, prepare, status, tokenizer
 from train.command_line import parse_command_line
 from train.config import dump
 from train.logs import to_terminal
@@ -18,7 +18,7 @@ from train.ranks import RanksError
 
 LAST_WORD = 5.0  # seconds after which a rank that failed speaks, should the first of its machine not have ended the launch
 
-COMMANDS = {"prepare": prepare.main, "status": status.main, "tokenizer": tokenizer.main}
+COMMANDS = {"distill": distill.main, "prepare": prepare.main, "status": status.main, "tokenizer": tokenizer.main}
 
 
 def main(argv: list[str]) -> int:

@@ -26,6 +26,8 @@ def model_card(config: RunConfig, model: AnyModel, data: str, step: int, tokens:
     active, labels = total - idle, "" if config.data.label_column is None else f" into {shape.num_labels} labels"
     experts = "" if active == total else f", of which {active:,} work on a token"
     begun = f" from the weights of `{config.model.init_from}`" if config.model.init_from else ""
+    teacher = config.distill.teacher or config.distill.logits
+    begun += f", distilled from `{teacher}`," if teacher else ""
     task, auto, what = ("text-classification", "SequenceClassification", "A classifier") if labels else (
         "text-generation", "CausalLM", "A language model"
     )  # fmt: skip

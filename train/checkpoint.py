@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -367,17 +367,8 @@ def _hash(paths: list[Path]) -> list[str]:
 
     def one(path: Path) -> str:
         with suppress(FileNotFoundError):  # a run that goes on may have pruned it
-            return _sha256(path, advance)
+            return files.sha256_of(path, advance)
         return ""
 
     with bar, ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(one, paths))
-
-
-def _sha256(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
-    total = sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            total.update(block)
-            advance(len(block))
-    return total.hexdigest()

@@ -14,6 +14,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a model. Settings come from the file, then from the command line.",
+        epilog="other jobs: python -m train {prepare,tokenizer,distill,status} --help",
         allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -36,13 +37,13 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_command_line(argv: list[str]) -> tuple[RunConfig, argparse.Namespace]:
-    """Reads `--config FILE` and overrides.
+def parse_command_line(argv: list[str], parser: argparse.ArgumentParser | None = None) -> tuple[RunConfig, argparse.Namespace]:
+    """Reads `--config FILE` and overrides, and what else the `parser` of a job knows.
 
     Raises:
         ValueError: an unknown flag (with the nearest), or what `parse` finds.
     """
-    arguments, unknown = argument_parser().parse_known_args(argv)
+    arguments, unknown = (parser or argument_parser()).parse_known_args(argv)
     faults = [unknown_name(word.split("=")[0].removeprefix("--"), "flag --") for word in unknown if word.startswith("--")]
     if unknown and not faults:
         faults = [f"unexpected argument {unknown[0]!r}."]

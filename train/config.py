@@ -313,10 +313,8 @@ def _distill_faults(config: RunConfig) -> list[str]:
         faults.append("distill.hidden_weight: hidden states need the teacher itself (distill.teacher); on disk are logits.")
     if distill.logits is not None and data.streaming:
         faults.append("distill.logits: they are found by sample number; of a stream (data.streaming) nothing can be found again.")
-    unfit = {"label_column": "a classifier predicts no tokens", "carry_state": "a teacher's state is not carried on"}
-    faults += [
-        f"data.{name}: {why}, so it cannot be distilled; leave it away." for name, why in unfit.items() if getattr(data, name)
-    ]
+    unfit = {"label_column": "a classifier has no logits to distil", "carry_state": "a teacher's states are not carried on"}
+    faults += [f"data.{name}: {why}; leave it away." for name, why in unfit.items() if getattr(data, name)]
     return faults
 
 

@@ -33,6 +33,16 @@ def write(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
+    """Of a file; `advance` is told how many bytes more have been read."""
+    total = sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            total.update(block)
+            advance(len(block))
+    return total.hexdigest()
+
+
 def write_text(path: Path, text: str) -> str:
     return write(path, [text.encode()])
 

@@ -29,6 +29,7 @@ from train.carried import Carried
 from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
+from train.objective import Loss, objective
 from train.optim import adamw, learning_rate, micro_batches
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
@@ -50,16 +51,12 @@ from train.validation import any_rank, classification, figures, sample_text, val
 
 logger = logging.getLogger(__name__)
 
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
-
-def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Nats of every position (b t), 0 where there is no target."""
-    return model(**batch).loss
-
-
-def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = False, loss: Loss = next_token_loss) -> None:
+def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = False, loss: Loss | None = None) -> None:
     """Trains until `train.steps`, or until a signal asks to stop; either way the last step has a checkpoint.
+
+    Args:
+        loss: what the steps make smaller, in the place of what the configuration says (train.objective).
 
     Raises:
         ValueError: settings, data or a run directory that do not fit; ranks that were not started alike.
@@ -107,6 +104,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         stream, validation = opened
         held_out = [shards.meta["sha256"] for shards in validation]
         agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
+        loss = loss or objective(config, model, tokenizer, accelerator, mesh, sharing)
         optimizer = adamw(model, config.optim)
         carried = Carried(model.config.num_hidden_layers, rows, config.train.global_batch)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)

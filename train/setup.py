@@ -36,6 +36,7 @@ from hybridlm.tokenizer import byte_tokenizer
 from train import launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
+from train.top_logits import taught
 from train.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,8 @@ def build_model(
     folder = None
     if start_from is not None:
         folder = str(start_from / "model")
-    elif (begun := config.model.init_from) is not None:
-        local = Path(begun).expanduser().exists()
-        check_folder(begun)
-        folder = begun if local else snapshot_download(begun, allow_patterns=["*.json", "*.safetensors"])
+    elif config.model.init_from is not None:
+        folder = fetch(config.model.init_from)
     if config.model.init_from is not None:
         assert folder is not None
         shape = HybridLMConfig.from_pretrained(folder)
@@ -102,6 +101,17 @@ def build_model(
     if folder is not None and start_from is None:
         load_weights(folder, model, group, only="" if labels is None or has_head else "backbone.")
     return model
+
+
+def fetch(name: str) -> str:
+    """The model folder of this name, on this machine: one of the hub is downloaded.
+
+    Raises:
+        ValueError: there is no such folder, or it is none of a model.
+    """
+    check_folder(name)
+    local = Path(name).expanduser().exists()
+    return name if local else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
 
 
 def read_labels(config: RunConfig, start_from: Path | None, quiet: bool) -> list[str] | None:
@@ -206,7 +216,8 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size:
     """The stream of training samples, and the validation shards of each source.
 
     Raises:
-        ValueError: no such data, nothing in it to predict, or a token id that the model does not have.
+        ValueError: no such data, nothing in it to predict, a token id that the model does not have, or `distill.logits` that are
+            of something else.
     """
     stream: Stream
     if config.data.streaming:
@@ -220,6 +231,9 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size:
                 f"the validation documents of {shards.meta['source']} have one token each, so there is nothing to predict; "
                 "give longer ones (data.val_source), or hold out more (data.val_fraction)."
             )
+    if config.distill.logits is not None:
+        assert isinstance(stream, Blend)
+        stream = taught(stream, config, vocab_size)
     return stream, validation
 
 
@@ -309,6 +323,8 @@ def describe(
         print(f"data        {line}")
     print(f"validation  {sum(map(len, validation)):,} tokens")
     print(f"training    {config.train.steps:,} steps of {batch:,} tokens")
+    if (teacher := config.distill.teacher or config.distill.logits) is not None:
+        print(f"loss        forward KL from {teacher}, temperature {config.distill.temperature:g}")
     ranks, device = accelerator.num_processes, accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"machine     {ranks} process(es) on {machines} machine(s), {name}, {config.train.precision}")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import train.__main__
 from train import files
 from train.config import dump, parse
-from train.loop import next_token_loss
+from train.objective import next_token_loss
 
 SHAPE = {
     "hybrid_override_pattern": "M", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,

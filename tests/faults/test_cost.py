@@ -8,7 +8,8 @@ import pytest
 
 from hybridlm.strict_yaml import load_yaml
 from train.config import parse
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 
 EVERY, SAVES = 20, 7  # steps between saves here
 

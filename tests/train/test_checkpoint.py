@@ -57,7 +57,7 @@ def save(tmp_path, trained, step=1):
 def seal(folder):
     """A manifest that agrees with the files as they are now."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    (folder / "manifest.json").write_text(checkpoint._manifest({name: checkpoint._sha256(folder / name) for name in names}))
+    (folder / "manifest.json").write_text(checkpoint._manifest({name: files.sha256_of(folder / name) for name in names}))
 
 
 def snapshot(trained):
@@ -75,13 +75,13 @@ def test_a_large_checkpoint_is_hashed_with_a_progress_bar_and_one_that_is_pruned
     monkeypatch.setattr(checkpoint, "LARGE", 10_000)
     assert checkpoint.validate(folder) == []
     assert "checking the checkpoint: 100%" in capsys.readouterr().err
-    opened = checkpoint._sha256
+    opened = files.sha256_of
 
     def pruned(path, advance):
         (folder / "state.json").unlink(missing_ok=True)
         return opened(path, advance)
 
-    monkeypatch.setattr(checkpoint, "_sha256", pruned)
+    monkeypatch.setattr(files, "sha256_of", pruned)
     assert checkpoint.validate(folder) == ["state.json has been altered"]
 
 
@@ -284,7 +284,7 @@ def test_a_manifest_that_names_too_little_or_what_lies_outside_is_refused_before
         seal(folder)
         if name == "link":
             (folder / "link").symlink_to(secret)
-        digests = json.loads((folder / "manifest.json").read_text())["files"] | {name: checkpoint._sha256(secret)}
+        digests = json.loads((folder / "manifest.json").read_text())["files"] | {name: files.sha256_of(secret)}
         (folder / "manifest.json").write_text(checkpoint._manifest(digests))
         assert f"{name} leads outside the checkpoint" in checkpoint.validate(folder)
 

@@ -17,8 +17,8 @@ from hybridlm.data.labelled import Labelled
 from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint
 from train.config import dump
-from train.loop import next_token_loss
 from train.loop import train as train_run
+from train.objective import next_token_loss
 from train.setup import build_model, closing, open_data
 
 WAYS = (None, "sum", "concat")

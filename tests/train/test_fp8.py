@@ -14,7 +14,8 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.fp8 import convert, linear_class
 from hybridlm.strict_yaml import load_yaml
 from train import loop
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 from train.setup import build_model
 from train.sharding import scale_weights, shard
 from train.tensor_files import local

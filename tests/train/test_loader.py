@@ -17,7 +17,8 @@ from hybridlm.data.sampler import Sampler
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
 from train.loader import batches
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 from train.optim import micro_batches
 
 

@@ -17,7 +17,8 @@ from hybridlm.data.blend import Blend
 from hybridlm.flops import training_flops
 from train import checkpoint
 from train.config import dump
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 from train.optim import learning_rate
 from train.setup import build_model
 

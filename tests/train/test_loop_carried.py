@@ -15,7 +15,8 @@ from hybridlm.data.blend import Blend
 from hybridlm.tokenizer import byte_tokenizer
 from tests.train.conftest import SHAPE
 from train.config import Model
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 from train.setup import build_model, open_data
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from hybridlm.ops.cross_entropy import IGNORE
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 
 
 def rows(config, name):

@@ -18,8 +18,8 @@ import train.__main__
 from tests.train.conftest import SHAPE
 from train import checkpoint, loop
 from train.config import dump
-from train.loop import next_token_loss
 from train.loop import train as train_run
+from train.objective import next_token_loss
 from train.validation import sample_text
 
 

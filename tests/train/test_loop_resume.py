@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from train import checkpoint, files, loop
-from train.loop import next_token_loss, train
+from train.loop import train
+from train.objective import next_token_loss
 from train.run import drop_after
 
 

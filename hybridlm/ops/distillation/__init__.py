@@ -12,7 +12,7 @@ from hybridlm.ops.distillation import eager, naive
 from hybridlm.ops.distillation.teacher import Teacher, TopK, Whole
 from hybridlm.ops.precision import has_autocast, without_autocast
 
-__all__ = ["Teacher", "TopK", "Whole", "distillation"]
+__all__ = ["Teacher", "TopK", "Whole", "distillation", "largest"]
 
 IMPLEMENTATIONS = {"eager": eager.distillation, "naive": naive.distillation}
 
@@ -56,3 +56,15 @@ def distillation(
     run = IMPLEMENTATIONS[resolve("distillation", IMPLEMENTATIONS, backend)]
     with without_autocast(hidden):
         return run(hidden, weight, targets, teacher, temperature)
+
+
+@torch.no_grad()
+def largest(teacher: Whole, k: int, temperature: float = 1.0) -> TopK:
+    """The `k` largest log-probabilities that a teacher gives at each position at this temperature, the most likely first; in
+    blocks, and in the dtypes of `distillation`."""
+    hidden, weight = teacher
+    if has_autocast(hidden):
+        hidden, weight = (one.to(torch.get_autocast_dtype(hidden.device.type)) for one in (hidden, weight))
+    with without_autocast(hidden):
+        ids, log_probs = eager.largest(hidden.flatten(0, -2), weight, k, temperature)
+    return TopK(*(one.view(*hidden.shape[:-1], k) for one in (ids, log_probs)))

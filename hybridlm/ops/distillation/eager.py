@@ -87,6 +87,14 @@ class FromTopK(torch.autograd.Function):
         return *_gradients(ctx, grad, hidden, weight, counted, sums[0], minus_teacher, 1), None, None, None, None, None
 
 
+def largest(hidden, weight, k, temperature) -> tuple[Tensor, Tensor]:
+    """Which tokens (rows k), and their log-probabilities."""
+    w = _narrow(weight)
+    blocks = [_logits(hidden[rows], w, temperature).log_softmax(-1).topk(k) for rows in _blocks(hidden, weight, 2)]
+    log_probs, ids = map(torch.cat, zip(*blocks))
+    return ids, log_probs
+
+
 def _gradients(ctx, grad, hidden, weight, counted, log_sum, minus_teacher, tables) -> tuple[Tensor, Tensor, None]:
     """Of `hidden` and `weight`, and none of `counted`. `minus_teacher(rows, log q)` gives q - p, and may write to log q."""
     w = _narrow(weight)
