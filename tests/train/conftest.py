@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.tokenizer import byte_tokenizer
 from train.config import RunConfig, parse
 
 SHAPE = {
@@ -21,6 +24,7 @@ SHAPE = {
     "num_key_value_heads": 1, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8,
     "chunk_size": 16,
 }  # fmt: skip
+WIDER = SHAPE | {"hybrid_override_pattern": "M-M*-", "hidden_size": 48, "initializer_range": 0.3}
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +81,33 @@ def make_labelled(make_config, labelled_rows):
         return make_config(**({"model": {"config": SHAPE | {"bidirectional": bidirectional}}} | values | changes))
 
     return make
+
+
+def save_model(folder, shape, kind=HybridLMForCausalLM, tokenizer=True, **changes) -> str:
+    """The folder of a model that has learned nothing."""
+    torch.manual_seed(3)
+    kind(HybridLMConfig(**shape | changes)).save_pretrained(folder)
+    if tokenizer:
+        byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A model whose predictions differ."""
+    return save_model(tmp_path_factory.mktemp("teacher"), WIDER)
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory):
+    """One of the shape of runs."""
+    return save_model(tmp_path_factory.mktemp("twin"), SHAPE, initializer_range=0.2)
+
+
+@pytest.fixture
+def quiet_config(make_config):
+    """A run without validation in between, and without samples."""
+    return lambda **changes: make_config(**{"train__val_every": 100, "log__sample_tokens": 0, **changes})
 
 
 @dataclass
