@@ -24,8 +24,7 @@ from hybridlm import HybridLMConfig
 from hybridlm.data.sources import Source, split_source
 from hybridlm.machine import machine
 from hybridlm.output import quiet, write_json
-from hybridlm.pages.charts import write_png
-from hybridlm.pages.page import markdown, page
+from hybridlm.pages.page import write_page
 from hybridlm.pattern import RECURRENT
 from hybridlm.twin import count_parameters, transformer_twin
 
@@ -225,14 +224,10 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def write(content: dict[str, Any], runs: Rows, results: Results, out: Path) -> str:
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_json(content, out / "report.json")
     made = sections(content, runs, results)
-    parts = (title(content), subtitle(content), notices(content), cards(content), made)
-    (out / "index.html").write_text(page(*parts), encoding="utf-8")
-    (out / "report.md").write_text(markdown(*parts), encoding="utf-8")
-    for chart in (chart for section in made for block in section.blocks if isinstance(block, list) for chart in block):
-        write_png(chart, out / "figures")
+    write_page(out, title(content), subtitle(content), notices(content), cards(content), made)
     with (out / "report.csv").open("w", encoding="utf-8", newline="") as file:
         columns = ["model", *SIDE_BY_SIDE]
         csv.writer(file).writerows([columns, *([row[name] for name in columns] for row in content["models"])])

@@ -6,9 +6,19 @@ from string import Template
 from typing import Any
 
 from hybridlm.pages.blocks import Facts, Listing, Section, Table, Text, raw, text_of
-from hybridlm.pages.charts import THEMES, Chart, svg_uri
+from hybridlm.pages.charts import THEMES, Chart, svg_uri, write_png
 
 PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+
+
+def write_page(out: Path, title: str, subtitle: str, notices: list[str], cards: dict[str, str], sections: list[Section]) -> None:
+    """Writes index.html, report.md and figures/*.png into `out`."""
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    parts = (title, subtitle, notices, cards, sections)
+    (out / "index.html").write_text(page(*parts), encoding="utf-8")
+    (out / "report.md").write_text(markdown(*parts), encoding="utf-8")
+    for chart in (chart for section in sections for block in section.blocks if isinstance(block, list) for chart in block):
+        write_png(chart, out / "figures")
 
 
 def page(title: str, subtitle: str, notices: list[str], cards: dict[str, str], sections: list[Section]) -> str:

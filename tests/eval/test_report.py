@@ -69,7 +69,7 @@ def undrawn(monkeypatch):
 
 @pytest.fixture
 def no_files(monkeypatch):
-    monkeypatch.setattr("eval.report.write_png", lambda chart, folder: None)
+    monkeypatch.setattr("hybridlm.pages.page.write_png", lambda chart, folder: None)
 
 
 def check_self_contained(text):
