@@ -67,16 +67,14 @@ def trade_off(
     def draw(axes: Axes, colours: Colours) -> None:
         axes.plot(*columns(rows, x, "loss"), "o", ms=3.5, color=colours[-1], alpha=0.55, mew=0, label="candidates")
         edge = columns(best_edge(rows, x, more_is_better), x, "loss")
-        axes.plot(
-            *edge, color=colours[0], lw=1.2, label="the best of them at each size" if not more_is_better else "… each speed"
-        )
+        axes.plot(*edge, color=colours[0], lw=1.2, label="none is better in both")
         tuned = [row for row in rows if row.get("distilled_loss") is not None]
         for row in tuned:
             axes.plot([row[x]] * 2, [row["loss"], row["distilled_loss"]], color=colours[0], lw=0.6, ls=":")
         if tuned:
             hollow: dict[str, Any] = {"mfc": "none", "mec": colours[0], "ms": 5}
             axes.plot(*columns(tuned, x, "distilled_loss"), "o", **hollow, label="after the short distillation")
-        for (label, row), marker, colour in zip(named.items(), "*sD^v", (*colours[1:5], colours[5])):
+        for (label, row), marker, colour in reversed([*zip(named.items(), "*sD^v", (*colours[1:5], colours[5]))]):
             axes.plot(row[x], row["loss"], marker, ms=11 if marker == "*" else 7, color=colour, label=label)
         spread_out(axes, [value for row in every for key in ("loss", "distilled_loss") if (value := row.get(key)) is not None])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -85,7 +83,7 @@ def trade_off(
         axes.set(title=title, xlabel=unit, ylabel="nats per token")
         legend_below(axes, 3)
 
-    told = "; ".join(f"{label}: {row['loss']:.3f} at {row[x]:,.4g}" for label, row in named.items())
+    told = "; ".join(f"{label}: {row['loss']:.3f} at {row[x]:,.0f}" for label, row in named.items())
     return Chart(name, f"{title}: nats per token before any distillation against {unit}. {told}", draw, 3.8 + 0.2 * len(named))
 
 
@@ -104,58 +102,65 @@ def layer_importance(importance: np.ndarray, pattern: str) -> Chart:
     low, high = (known.min(), known.max()) if len(known) else (0.1, 1.0)
 
     def draw(axes: Axes, colours: Colours) -> None:
-        for kind, colour, layers in kinds(pattern, colours):
-            axes.bar(layers, importance[layers], width=0.8, color=colour, label=kind)
-        axes.set_yscale("log")
+        for symbol in dict.fromkeys(pattern):
+            layers, name = of_kind(pattern, symbol), SYMBOLS.get(symbol, symbol)
+            axes.bar(layers, importance[layers], width=0.8, color=colours[kind_colour(symbol)], label=name)
+        logarithmic(axes)
         axes.set_ylim(low / 2, 2 * high)
-        layer_axis(axes, pattern)
-        axes.set(title="Layers", ylabel="importance")
-        legend_below(axes, 3)
+        if len(pattern) <= SHOWN_BY_SYMBOL:
+            axes.set_xticks(range(len(pattern)), [f"{i}\n{symbol}" for i, symbol in enumerate(pattern)])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.margins(x=0.02)
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.3), ncols=3, borderaxespad=0, columnspacing=1.2)
+        axes.set(title="Layers", xlabel="layer, from the input", ylabel="importance")
 
     told = ", ".join(f"{i} {symbol} {value:.3g}" for i, (symbol, value) in enumerate(zip(pattern, importance)))
     return Chart("layers", f"Importance of each layer. {told}", draw, 3.4)
 
 
-def spread_within_layers(parts: list[np.ndarray], pattern: str) -> Chart:
-    """Of each layer's parts over their largest: thin from the least to the most, thick the middle 80%, a dot for the median."""
-    thick = float(np.clip(150 / max(1, len(parts)), 1.5, 9))
+def spread_within_layers(name: str, of: str, parts: dict[int, np.ndarray], depth: int, colour: int) -> Chart:
+    """Of each layer's parts over their largest: thin from the least to the most, thick the middle 80%, a dot for the median.
+
+    Args:
+        parts: of one kind, by the number of the layer, of `depth` in all.
+    """
+    thick = float(np.clip(250 / depth, 2, 9))
+    found = np.array([np.quantile(relative(values), (0, 0.1, 0.5, 0.9, 1)) for values in parts.values()])
 
     def draw(axes: Axes, colours: Colours) -> None:
-        for kind, colour, layers in kinds(pattern, colours):
-            found = np.array([np.quantile(relative(parts[i]), (0, 0.1, 0.5, 0.9, 1)) for i in layers])
-            axes.vlines(layers, found[:, 0], found[:, 4], color=colour, lw=1, alpha=0.7)
-            axes.vlines(layers, found[:, 1], found[:, 3], color=colour, lw=thick, alpha=0.7)
-            axes.plot(layers, found[:, 2], "o", ms=min(4.5, thick), color=colour, mec=colours[5], mew=0.5, label=kind)
-        axes.set_yscale("log")
-        layer_axis(axes, pattern)
-        axes.set(title="Parts of each layer", ylabel="of the layer's largest")
-        legend_below(axes, 3)
+        axes.vlines(list(parts), found[:, 0], found[:, 4], color=colours[colour], lw=1)
+        axes.vlines(list(parts), found[:, 1], found[:, 3], color=colours[colour], lw=thick, alpha=0.75)
+        axes.plot(list(parts), found[:, 2], "o", ms=min(5, thick), color=colours[5], mew=0)
+        logarithmic(axes)
+        axes.set_xlim(-0.5, depth - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set(title=f"{of[0].upper()}{of[1:]}, by layer", xlabel="layer, from the input", ylabel="of the layer's largest")
 
-    return Chart(
-        "parts", "Importance of the parts of each layer over the largest of them: least, 10%, median, 90%, most", draw, 3.4
-    )
+    middle = ", ".join(f"{layer}: {row[2]:.2g}" for layer, row in zip(parts, found))
+    return Chart(f"spread-{name}", f"Importance of {of} over the largest of their layer. Median of layer {middle}", draw, 3.2)
 
 
-def sorted_curves(name: str, title: str, layers: Iterable[np.ndarray], of: str) -> Chart:
+def sorted_curves(name: str, of: str, layers: Iterable[np.ndarray], colour: int) -> Chart:
     """A thin line for each layer, its parts from the most to the least important; a thick one for the median of the layers."""
     curves = [relative(np.sort(values)[::-1]) for values in layers]
     at = [np.interp(GRID, np.linspace(0, 1, len(curve)), curve) for curve in curves]
 
     def draw(axes: Axes, colours: Colours) -> None:
         few = max(map(len, curves)) <= SHOWN_BY_SYMBOL
-        thin: dict[str, Any] = {"color": colours[0], "marker": "o" if few else None, "ms": 3}
+        thin: dict[str, Any] = {"color": colours[colour], "marker": "o" if few else None, "ms": 3}
         for curve in curves:
             alone: dict[str, Any] = {"lw": 1.8} if len(curves) == 1 else {"lw": 0.8, "alpha": max(0.2, min(0.7, 5 / len(curves)))}
             axes.plot(np.linspace(0, 100, len(curve)), curve, **thin, **alone)
         if len(curves) > 1:
-            axes.plot([], [], lw=0.8, color=colours[0], label=f"each of {len(curves)} layers")
-            axes.plot(100 * GRID, np.median(at, axis=0), color=colours[1], lw=2, label="median of the layers")
+            axes.plot([], [], lw=0.8, color=colours[colour], label=f"each of {len(curves)} layers")
+            axes.plot(100 * GRID, np.median(at, axis=0), color=colours[5], lw=2, label="median of the layers")
             legend_below(axes, 2)
-        axes.set_yscale("log")
+        logarithmic(axes)
         axes.set_ylim(top=1.3)
-        axes.set(title=title, xlabel=f"{of}, from the most important, %", ylabel="of the largest")
+        axes.set(title=f"{of[0].upper()}{of[1:]}, sorted", xlabel="from the most important, %", ylabel="of the largest")
 
-    return Chart(f"sorted-{name}", f"{title}: importance of {of} over the largest, sorted", draw, 3.2)
+    return Chart(f"sorted-{name}", f"Importance of {of} over the largest, from the most to the least important", draw, 3.2)
 
 
 def relative(values: np.ndarray) -> np.ndarray:
@@ -164,20 +169,13 @@ def relative(values: np.ndarray) -> np.ndarray:
     return np.clip(values / largest, FLOOR, None) if largest > 0 else np.full(len(values), FLOOR)
 
 
-def kinds(pattern: str, colours: Colours) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Of each kind of layer its name, its colour and the numbers of its layers."""
-    for symbol in dict.fromkeys(pattern):
-        colour = colours[KINDS.find(symbol) % (len(KINDS) + 1)]
-        yield SYMBOLS.get(symbol, symbol), colour, np.array([i for i, other in enumerate(pattern) if other == symbol])
+def kind_colour(symbol: str) -> int:
+    return KINDS.find(symbol) % (len(KINDS) + 1)
 
 
-def layer_axis(axes: Axes, pattern: str) -> None:
-    if len(pattern) <= SHOWN_BY_SYMBOL:
-        axes.set_xticks(range(len(pattern)), [f"{i}\n{symbol}" for i, symbol in enumerate(pattern)])
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.set_xlabel("layer, from the input")
-    axes.margins(x=0.02)
+def of_kind(pattern: str, symbol: str) -> list[int]:
+    """The numbers of its layers."""
+    return [i for i, other in enumerate(pattern) if other == symbol]
 
 
 def styles(colours: Colours) -> Iterator[dict[str, Any]]:
@@ -189,10 +187,16 @@ def styles(colours: Colours) -> Iterator[dict[str, Any]]:
 def spread_out(axes: Axes, values: list[float]) -> None:
     """A logarithmic axis where the values lie far apart, with plain numbers."""
     if min(values) > 0 and max(values) > WIDE * min(values):
-        axes.set_yscale("log")
+        logarithmic(axes)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def logarithmic(axes: Axes) -> None:
+    """With plain numbers, and marks only beside them."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="minor", length=0)
 
 
 def columns(rows: Rows, *names: str) -> list[list[Any]]:

@@ -132,13 +132,12 @@ class Gains:
 
 
 def gains(content: Content) -> Gains:
-    against = "parent trained on" if "parent trained on" in content.models else "parent"
-    over = content.models.get(against) or content.parent
+    over = content.models.get("parent trained on")
     return Gains(
         ratio(content.student, content.parent, "parameters"),
         ratio(content.student, content.parent, "tokens_per_second"),
-        ratio(content.student, over, "bits_per_byte" if content.summary else "loss"),
-        against,
+        ratio(content.student, over or content.parent, "bits_per_byte" if content.summary else "loss"),
+        "parent trained on as many tokens" if over else "parent",
     )
 
 
@@ -154,25 +153,22 @@ def headline(content: Content) -> str:
     if won.speed is not None:
         told.append(f"{won.speed:.2f} times the tokens per second")
     if won.quality is not None:
-        what = "bits per byte" if content.summary else "loss"
-        over = {"parent trained on": "parent trained on as many tokens"}.get(won.against, won.against)
-        told.append(f"{abs(won.quality - 1):.1%} {'more' if won.quality > 1 else 'less'} {what} than the {over}")
+        what = "bits per byte" if content.summary else "loss before distillation"
+        told.append(f"{abs(won.quality - 1):.1%} {'more' if won.quality > 1 else 'less'} {what} than the {won.against}")
     return ", ".join(told)[:1].upper() + ", ".join(told)[1:] if told else "A compression"
 
 
 def cards(content: Content) -> dict[str, str]:
-    won, tokens = gains(content), content.summary.get("distillation_tokens")
+    won, tokens, of = gains(content), content.summary.get("distillation_tokens"), content.summary.get("parent_tokens")
+    share = f", {tokens / of:.2%} of those of the parent's training" if of and tokens is not None else ""
     found = {
         "parameters": None if won.parameters is None else signed(won.parameters),
         f"tokens/s, {request(content)}": None if won.speed is None else f"{won.speed:.2f} ×",
-        f"{'bits per byte' if content.summary else 'loss, not distilled'}, over the {won.against}": (
+        f"{'bits per byte' if content.summary else 'loss, not distilled'}, beside the {won.against}": (
             None if won.quality is None else signed(won.quality)
         ),
-        "tokens of distillation": None if tokens is None else short(tokens),
+        f"tokens of distillation{share}": None if tokens is None else short(tokens),
     }
-    of = content.summary.get("parent_tokens")
-    if of and tokens is not None:
-        found["of the tokens of the parent's training"] = f"{tokens / of:.2%}"
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -227,7 +223,7 @@ def written(row: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
 MODELS = {
     "name": "model", "pattern": "layers", "parameters": "parameters", "bits_per_byte": "validation, bits/byte",
     "accuracy": "next token right", "agreement": "agrees with the parent", "tokens_per_second": "tokens/s",
-    "request_seconds": "request, s", "memory_bytes": "memory", "tokens": "tokens after pruning",
+    "request_seconds": "seconds a request", "memory_bytes": "memory", "tokens": "tokens after pruning",
 }  # fmt: skip
 
 
@@ -274,7 +270,7 @@ STAGES = {
 CANDIDATES = {
     "name": "candidate", "pattern": "layers", "hidden_size": "width", "parameters": "parameters", "memory_bytes": "memory",
     "damage": "predicted damage", "loss": "nats/token", "accuracy": "next token right", "agreement": "agrees with the parent",
-    "request_seconds": "request, s", "tokens_per_second": "tokens/s", "distilled_loss": "nats/token, shortly distilled",
+    "request_seconds": "seconds a request", "tokens_per_second": "tokens/s", "distilled_loss": "nats/token, shortly distilled",
 }  # fmt: skip
 
 
@@ -283,7 +279,11 @@ def search(content: Content) -> list[Any]:
         return []
     counts = {name: count for name, count in content.search.get("funnel", {}).items() if name in STAGES}
     stages = [{"stage": STAGES[name][0], "count": count, "what": STAGES[name][1]} for name, count in counts.items()]
-    drawn: list[Chart] = [charts.funnel({STAGES[name][0]: count for name, count in counts.items()})] if counts else []
+    blocks: list[Any] = []
+    if counts:
+        blocks.append(Table({"stage": "stage", "count": "candidates", "what": "which"}, stages))
+        blocks.append([charts.funnel({STAGES[name][0]: count for name, count in counts.items()})])
+    drawn: list[Chart] = []
     named = {"winner": winner(content), "parent": content.search.get("parent")} | uniform(content)
     for x, title, unit in (
         ("parameters", "Loss against size", "parameters"),
@@ -301,7 +301,6 @@ def search(content: Content) -> list[Any]:
     if absent:
         note += f" Not in the pictures: {' and '.join(absent)}, which the search did not score."
     table = Table(columns, [written(row, columns) for row in best], won)
-    blocks: list[Any] = [Table({"stage": "stage", "count": "candidates", "what": "which"}, stages)] if stages else []
     blocks += [drawn] if drawn else []
     return blocks + ([Text(note), table] if best else []) + patterns((row["name"], row) for row in best)
 
@@ -317,7 +316,8 @@ def uniform(content: Content) -> dict[str, dict[str, Any]]:
     found = {}
     for name in ("uniform depth", "uniform width"):
         entry = content.models.get(f"{name} + distilled", {})
-        fit = [row for row in content.candidates if row.get("name", "").startswith(name) or alike(row, entry)]
+        called = [row for row in content.candidates if row.get("name", "").startswith(name)]
+        fit = called or [row for row in content.candidates if alike(row, entry)]
         if fit:
             found[name] = fit[0]
     return found
@@ -330,28 +330,30 @@ def alike(row: dict[str, Any], entry: dict[str, Any]) -> bool:
 def importance(content: Content) -> list[Any]:
     """Pictures of what the file has; where the parent's pattern is unknown or of another length, of the channels alone."""
     tensors, pattern = content.importance, content.parent.get("pattern") or ""
-    drawn: list[Chart] = []
+    whole: list[Chart] = []
+    blocks: list[Any] = [whole]
     told = []
     if pattern and len(tensors.get("layers", ())) == len(pattern):
-        drawn.append(charts.layer_importance(tensors["layers"], pattern))
+        whole.append(charts.layer_importance(tensors["layers"], pattern))
         if none := [str(i) for i, value in enumerate(tensors["layers"]) if value <= 0]:
             told.append(f"Without a bar, since they are not above 0: layers {', '.join(none)}.")
-    numbered = [tensors.get(f"parts.{i}", np.empty(0)) for i in range(len(pattern))]
-    if numbered and all(len(values) for values in numbered):
-        drawn.append(charts.spread_within_layers(numbered, pattern))
-        for symbol in dict.fromkeys(pattern):
-            of = PARTS.get(symbol, f"parts of {SYMBOLS.get(symbol, symbol)}")
-            same = [values for values, other in zip(numbered, pattern) if other == symbol]
-            drawn.append(charts.sorted_curves(of.replace(" ", "-").lower(), of[0].upper() + of[1:], same, of))
     if len(tensors.get("channels", ())):
-        drawn.append(charts.sorted_curves("channels", "Channels", [tensors["channels"]], "channels"))
-    if len(drawn) > 1:
+        whole.append(charts.sorted_curves("channels", "channels", [tensors["channels"]], -1))
+    for symbol in dict.fromkeys(pattern):
+        of, numbers = PARTS.get(symbol, f"parts of {SYMBOLS.get(symbol, symbol)}"), charts.of_kind(pattern, symbol)
+        parts = {i: values for i in numbers if len(values := tensors.get(f"parts.{i}", np.empty(0)))}
+        name, colour = of.replace(" ", "-").lower(), charts.kind_colour(symbol)
+        if parts:
+            spread = charts.spread_within_layers(name, of, parts, len(pattern), colour)
+            blocks.append([spread, charts.sorted_curves(name, of, parts.values(), colour)])
+    if len(blocks) > 1:
         told.append(
             "Parts are the neurons of an FFN, the heads of a Mamba-2 layer and the groups of keys and values of attention; "
             f"channels are those of the whole model's width. What has less than {charts.FLOOR:g} of the largest is drawn at "
-            "that height. A curve that falls at once says that few of them carry the layer; a flat one, that all do."
+            "that height. By layer: a thin line from the least to the most, a thick one over the middle 80%, a dot for the "
+            "median. A sorted curve that falls at once says that few parts carry the layer; a flat one, that all do."
         )
-    return [drawn, Text(" ".join(told))] if drawn else []
+    return [*filter(None, blocks), *[Text(" ".join(told))] * bool(told)]
 
 
 def measured(content: Content) -> list[Any]:

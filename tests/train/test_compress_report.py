@@ -134,8 +134,8 @@ def test_all_that_there_is(tmp_path, undrawn):
     assert text.startswith(f"{told} than the parent trained on as many tokens\n")
     assert f"- parameters: \N{MINUS SIGN}{100 * (1 - share):.1f} %" in text
     assert "- tokens/s, prompt 1,024 in, 128 out: 1.60 ×" in text
-    assert "- bits per byte, over the parent trained on: +1.0 %" in text
-    assert "- tokens of distillation: 2M" in text and "parent's training: 0.50%" in text
+    assert "- bits per byte, beside the parent trained on as many tokens: +1.0 %" in text
+    assert "- tokens of distillation, 0.50% of those of the parent's training: 2M" in text
     rows = table_rows(text, "model")
     assert [cells[0] for cells in rows] == list(WHAT)
     assert rows[1] == ["parent trained on", "M-M\\*-M-", "1M", "1.910", "0.600", "0.850", "400", "0.32", "2.50 MB", "2M"]
@@ -147,8 +147,9 @@ def test_all_that_there_is(tmp_path, undrawn):
     assert [cells[-1] == "-" for cells in candidates] == [False] * 4 + [True] * 16
     assert "uniform depth and uniform width, which the search did not score" not in text  # they have the winner's shape here
     assert "- budget: parameters: 800,000" in text and "| distillation | 1,234.5 |" in text and "- CPU: some CPU" in text
-    figures = {"funnel", "learning", "learning-late", "loss-parameters", "loss-tokens-per-second", "layers", "parts"}
-    figures |= {f"sorted-{name}" for name in ("heads-of-mamba-2", "key-value-groups", "neurons-of-ffn", "channels")}
+    figures = {"funnel", "learning", "learning-late", "loss-parameters", "loss-tokens-per-second", "layers"}
+    parts = ("heads-of-mamba-2", "key-value-groups", "neurons-of-ffn")
+    figures |= {f"{kind}-{name}" for name in parts for kind in ("spread", "sorted")} | {"sorted-channels"}
     assert {file.stem for file in (tmp_path / "report" / "figures").iterdir()} == figures
     assert all(f"(figures/{name}.png)" in text for name in figures) and page.count("<figure>") == len(figures)
 
@@ -158,7 +159,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     write_all(tmp_path)
     write_report(tmp_path)
     files = list((tmp_path / "report" / "figures").iterdir())
-    assert len(files) == 11 and all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert len(files) == 13 and all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
 def test_a_search_without_trainings(tmp_path, undrawn):
@@ -166,8 +167,11 @@ def test_a_search_without_trainings(tmp_path, undrawn):
     search["candidates"][0] |= {"loss": 1.54, "tokens_per_second": None}
     (tmp_path / "search.json").write_text(json.dumps(search))
     text, _ = report(tmp_path)
-    assert "10.0% more loss than the parent\n" in text.splitlines(keepends=True)[0] and "times the tokens" not in text
-    assert "- loss, not distilled, over the parent: +10.0 %" in text
+    assert (
+        "10.0% more loss before distillation than the parent\n" in text.splitlines(keepends=True)[0]
+        and "times the tokens" not in text
+    )
+    assert "- loss, not distilled, beside the parent: +10.0 %" in text
     for name in ("summary.json", "runs/\\*/metrics.jsonl", "importance.safetensors"):
         assert name in text.split("## ")[0], name
     assert re.findall(r"^## (.*)", text, re.M) == ["The search", "How it was measured"]
@@ -193,17 +197,30 @@ def test_118_layers(tmp_path, undrawn):
     assert f"parent\n{pattern}\n" in text  # folded up, below the table
 
 
-def test_the_uniform_baselines_that_the_search_scored(tmp_path, undrawn):
+def test_the_winner_and_the_uniform_baselines_in_the_search(tmp_path, undrawn):
     search = write_all(tmp_path)
     search["candidates"][7]["name"] = "uniform depth, 5 layers"
     summary = json.loads((tmp_path / "summary.json").read_text())
     for name in ("uniform depth + distilled", "uniform width + distilled"):
         summary["models"][name]["parameters"] = 1
+    won = search["candidates"][5]
+    summary["student"] |= {name: won[name] for name in ("pattern", "parameters")}
     (tmp_path / "search.json").write_text(json.dumps(search))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     text, _ = report(tmp_path)
     assert "Not in the pictures: uniform width, which" in text
     assert f"uniform depth: {search['candidates'][7]['loss']:.3f} at" in text
+    assert f"winner: {won['loss']:.3f} at" in text and f"**{won['name']}**" in text  # not the first, but what became the student
+
+
+def test_layers_that_do_not_matter_and_importance_of_another_model(tmp_path, undrawn):
+    write_search(tmp_path, "M-M*-M-")
+    save_file({"layers": np.array([1, 0, 2, -1, 3, 4, 5.0])}, tmp_path / "importance.safetensors")
+    text, _ = report(tmp_path)
+    assert "Without a bar, since they are not above 0: layers 1, 3." in text and "sorted-" not in text
+    save_file({"layers": np.ones(3), "channels": np.ones(8)}, tmp_path / "importance.safetensors")
+    text, _ = report(tmp_path)
+    assert "figures/layers.png" not in text and "figures/sorted-channels.png" in text
 
 
 def test_nothing_to_report_on(tmp_path):
@@ -218,7 +235,7 @@ def test_more_parameters_and_less_loss_are_called_so(tmp_path):
     search = write_search(tmp_path, "M-M*-M-")
     search["candidates"] = [row("bigger", "M-", 1_250_000, 1.26)]
     (tmp_path / "search.json").write_text(json.dumps(search))
-    assert headline(read(tmp_path)) == "25% more parameters, 10.0% less loss than the parent"
+    assert headline(read(tmp_path)) == "25% more parameters, 10.0% less loss before distillation than the parent"
     assert list(cards(read(tmp_path)).values()) == ["+25.0 %", "\N{MINUS SIGN}10.0 %"]
 
 
