@@ -14,7 +14,7 @@ import filelock
 
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from train import checkpoint, files
-from train.config import RunConfig, differences, dump
+from train.config import RunConfig, differences, dump, parse
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,13 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
 
 
 def changes(config: RunConfig) -> list[str]:
-    """A line for each setting in which the directory's run differs; its own place does not count."""
+    """A line for each setting in which the directory's run differs; its own place does not count.
+
+    What came after that run was begun has its default there.
+    """
     before = load_yaml(Path(config.run_dir) / "config.yaml")
+    with suppress(ValueError):  # what cannot be read any more is compared as it stands
+        before = parse_yaml(dump(parse(before)))
     return [line for line in differences(before, parse_yaml(dump(config))) if not line.startswith("run_dir:")]
 
 

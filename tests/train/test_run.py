@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hybridlm.strict_yaml import load_yaml
 from train.run import LOCK, append, check, claim, drop_after, lock
@@ -30,6 +31,21 @@ def test_changes_that_were_asked_for_keep_the_old_settings_beside_the_new(make_c
     run = Path(make_config().run_dir)
     names = ["config-before-change.yaml", "config-before-change-2.yaml", "config.yaml"]
     assert [load_yaml(run / name)["optim"]["lr"] for name in names] == [0.01, 0.02, 0.03]
+
+
+def test_settings_that_an_older_run_did_not_have_yet_have_their_defaults(make_config):
+    config = make_config()
+    start(config)
+    file = Path(config.run_dir) / "config.yaml"
+    older = load_yaml(file)
+    del older["ops"], older["train"]["timeout"]
+    file.write_text(yaml.safe_dump(older))
+    assert check(config, "auto", False) is None
+    with pytest.raises(ValueError, match=r"other settings:\n  train\.timeout: \d+\.0 -> 7\.0\n"):
+        check(make_config(train__timeout=7.0), "auto", False)
+    file.write_text(yaml.safe_dump(older | {"gone": 1}))  # no configuration of today
+    with pytest.raises(ValueError, match=r"train\.timeout: None -> 600\.0\n(.*\n)*  gone: 1 -> None"):
+        check(config, "auto", False)
 
 
 def test_never_refuses_a_run_and_what_is_something_else_is_left_alone(make_config):
