@@ -55,7 +55,7 @@ def weight_bytes(config: HybridLMConfig) -> dict[str, int]:
     return {"fp32": 4 * total, "bf16": 2 * total, "fp8": total + kinds["embedding"] + kinds["head"] + kinds["norm"]}
 
 
-def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> int:
+def cache_bytes(config: HybridLMConfig, context: int, value_bytes: float = 2) -> int:
     """What one sequence of `context` tokens leaves: keys and values of each token and attention layer; of each Mamba layer the
     last inputs of the convolution, and a state that is fp32 whatever the rest is, as those of the classical recurrences are. A
     bidirectional model keeps nothing."""
@@ -67,7 +67,12 @@ def cache_bytes(config: HybridLMConfig, context: int, value_bytes: int = 2) -> i
     mamba, mamba_1 = ((c.conv_kernel - 1) * size * value_bytes + state for size in (c.mamba_conv_size, c.mamba_inner_size))
     h = 4 * c.recurrent_state_size
     each = {"*": attention, "M": mamba, "r": h, "l": 2 * h, "g": h, "m": mamba_1}
-    return sum(c.hybrid_override_pattern.count(symbol) * size for symbol, size in each.items())
+    return round(sum(c.hybrid_override_pattern.count(symbol) * size for symbol, size in each.items()))
+
+
+def inference_bytes(config: HybridLMConfig, context: int, weight_bits: int = 16, cache_bits: int = 16) -> float:
+    """Weights, and the cache of one sequence of `context` tokens, at so many bits a value; states are fp32 in any case."""
+    return count_parameters(config) * weight_bits / 8 + cache_bytes(config, context, cache_bits / 8)
 
 
 def longest_context(config: HybridLMConfig, memory: float) -> int | None:

@@ -25,7 +25,7 @@ from hybridlm.output import BYTES, scaled
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
 from train.command_line import parse_command_line
-from train.config import SCHEMA, Train, dump, parse
+from train.config import RunConfig, Train, dump, parse, schema
 from train.loop import train
 from train.optim import learning_rate
 
@@ -104,7 +104,7 @@ def texts(tmp_path_factory):
 @every(RUNS)
 def test_a_run_takes_a_step(file, texts, tmp_path):
     """With every setting of its own but sizes, sources and the number of steps."""
-    values = SCHEMA.dump_python(parse_command_line(["--config", str(file)])[0])
+    values = schema(RunConfig).dump_python(parse_command_line(["--config", str(file)])[0])
     values["run_dir"] = str(tmp_path / "run")
     values["model"]["config"] = narrow(values["model"]["config"])
     data = values["data"]

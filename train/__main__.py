@@ -9,16 +9,22 @@ from typing import Any, TextIO
 from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
-from train import distill, prepare, status, tokenizer
+from train import compress, distill, prepare, status, tokenizer
 from train.command_line import parse_command_line
-from train.config import dump
+from train.config import RunConfig, dump
 from train.logs import to_terminal
 from train.loop import train
 from train.ranks import RanksError
 
 LAST_WORD = 5.0  # seconds after which a rank that failed speaks, should the first of its machine not have ended the launch
 
-COMMANDS = {"distill": distill.main, "prepare": prepare.main, "status": status.main, "tokenizer": tokenizer.main}
+COMMANDS = {
+    "compress": compress.main,
+    "distill": distill.main,
+    "prepare": prepare.main,
+    "status": status.main,
+    "tokenizer": tokenizer.main,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +36,7 @@ def main(argv: list[str]) -> int:
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
-        config, arguments = parse_command_line(argv)
+        config, arguments = parse_command_line(argv, kind=RunConfig)
         if arguments.print_config:
             print(dump(config), end="")
             return 0

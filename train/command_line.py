@@ -7,18 +7,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 
 from hybridlm.strict_yaml import load_yaml, parse_yaml
-from train.config import BlendEntry, RunConfig, fault_list, leaves, parse, unknown_name
+from train.config import BlendEntry, Config, RunConfig, fault_list, leaves, parse, unknown_name
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
-        description="Train a model. Settings come from the file, then from the command line.",
-        epilog="other jobs: python -m train {prepare,tokenizer,distill,status} --help",
-        allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings of a run")
+    parser = settings_parser(RunConfig)
+    parser.prog, parser.description = "python -m train", "Train a model. Settings come from the file, then from the command line."
+    parser.epilog = "other jobs: python -m train {prepare,tokenizer,distill,compress,status} --help"
     parser.add_argument(
         "--resume",
         metavar="auto|never|PATH",
@@ -27,9 +22,16 @@ def argument_parser() -> argparse.ArgumentParser:
         "never: the run directory must be empty\nPATH: go on from this checkpoint folder",
     )
     parser.add_argument("--allow-config-change", action="store_true", help="go on with other settings than the run began with")
+    return parser
+
+
+def settings_parser(kind: type[Config]) -> argparse.ArgumentParser:
+    """Of a job whose settings are those of `kind`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings of a run")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     group = parser.add_argument_group("settings (type, default)")
-    for name, info in leaves():
+    for name, info in leaves(kind):
         default = "required" if info.is_required() else f"default {info.default}"
         group.add_argument(
             f"--{name}", metavar="V", help=f"{info.description.replace('%', '%%')}\n({_type_name(info)}, {default})"
@@ -37,20 +39,24 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_command_line(argv: list[str], parser: argparse.ArgumentParser | None = None) -> tuple[RunConfig, argparse.Namespace]:
-    """Reads `--config FILE` and overrides, and what else the `parser` of a job knows.
+def parse_command_line(
+    argv: list[str],
+    parser: argparse.ArgumentParser | None = None,
+    kind: type[Config] = RunConfig,  # type: ignore[assignment]
+) -> tuple[Config, argparse.Namespace]:
+    """Reads `--config FILE` and overrides, and what else the `parser` of a job knows, whose settings are those of `kind`.
 
     Raises:
         ValueError: an unknown flag (with the nearest), or what `parse` finds.
     """
     arguments, unknown = (parser or argument_parser()).parse_known_args(argv)
-    faults = [unknown_name(word.split("=")[0].removeprefix("--"), "flag --") for word in unknown if word.startswith("--")]
+    faults = [unknown_name(word.split("=")[0].removeprefix("--"), "flag --", kind) for word in unknown if word.startswith("--")]
     if unknown and not faults:
         faults = [f"unexpected argument {unknown[0]!r}."]
     if faults:
         raise ValueError(fault_list(faults))
     values = load_yaml(arguments.config)
-    for name, info in leaves():
+    for name, info in leaves(kind):
         if (text := getattr(arguments, name)) is not None:
             *sections, last = name.split(".")
             target = values
@@ -62,7 +68,7 @@ def parse_command_line(argv: list[str], parser: argparse.ArgumentParser | None =
                         fault_list([f"{section} in {arguments.config} must hold `key: value` lines; got {target!r}."])
                     )
             target[last] = _value(name, text, info)
-    return parse(values), arguments
+    return parse(values, kind), arguments
 
 
 def _value(name: str, text: str, info: Any) -> Any:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -205,24 +205,28 @@ class RunConfig:
     log: Log = field(default_factory=Log)
 
 
-SCHEMA = TypeAdapter(RunConfig)
+Config = TypeVar("Config", bound=RunConfig)  # a run's, or that of a job that makes runs
 # What a blend says of each source apart.
 SOURCE_SETTINGS = ("revision", "text_column", "template", "license")
-SECTIONS = {f.name for f in fields(RunConfig) if is_dataclass(f.type)}
 
 
-def parse(values: dict[str, Any]) -> RunConfig:
-    """A checked RunConfig from nested values, with the shape file read in.
+def schema(kind: type[Config]) -> TypeAdapter[Config]:
+    return TypeAdapter(kind)
+
+
+def parse(values: dict[str, Any], kind: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
+    """A checked configuration from nested values, with the shape file read in.
 
     Raises:
         ValueError: one message with every fault.
     """
     faults = []
-    values = {key: {} if value is None and key in SECTIONS else value for key, value in values.items()}
+    sections = {f.name for f in fields(kind) if is_dataclass(f.type)}
+    values = {key: {} if value is None and key in sections else value for key, value in values.items()}
     try:
-        config = _checked(values)
+        config = _checked(values, kind)
     except ValidationError as error:
-        raise ValueError(fault_list([_explain(e) for e in error.errors()])) from None
+        raise ValueError(fault_list([_explain(e, kind) for e in error.errors()])) from None
     model, schedule = config.model, config.schedule
     if model.config is None and model.init_from is None:
         faults.append("model: set model.config (a new model) or model.init_from (weights to start from).")
@@ -230,7 +234,8 @@ def parse(values: dict[str, Any]) -> RunConfig:
         faults.append(
             f"schedule: warmup ({schedule.warmup}) and decay ({schedule.decay}) are shares of the run; together at most 1."
         )
-    faults += _data_faults(config.data, values.get("data", {})) + _distill_faults(config)
+    faults += _data_faults(config.data, values.get("data", {}))
+    faults += _distill_faults(config) if kind is RunConfig else []  # of a job with a teacher of its own
     if config.data.blend:
         values = values | {"data": {**values["data"], "source": None}}
     if unknown := unknown_symbols(config.train.recompute):
@@ -250,7 +255,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         faults.append(f"model.config: {error}")
     if faults:
         raise ValueError(fault_list(faults))
-    return _checked(values | {"run_dir": os.path.expanduser(config.run_dir)})
+    return _checked(values | {"run_dir": os.path.expanduser(config.run_dir)}, kind)
 
 
 def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:
@@ -324,14 +329,14 @@ def blend_weights(data: Data) -> list[list[float]]:
     return [list(weights) for weights in zip(*(entry.weight * (phases // len(entry.weight)) for entry in data.blend or []))]
 
 
-def _checked(values: dict[str, Any]) -> RunConfig:
+def _checked(values: dict[str, Any], kind: type[Config]) -> Config:
     # By way of JSON: pydantic's strict mode takes a mapping for a dataclass only there.
-    return SCHEMA.validate_json(json.dumps(values))
+    return schema(kind).validate_json(json.dumps(values))
 
 
 def dump(config: RunConfig) -> str:
     """The YAML of the resolved configuration; `parse` reads it back unchanged."""
-    return dump_yaml(SCHEMA.dump_python(config))
+    return dump_yaml(schema(type(config)).dump_python(config))
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -357,18 +362,18 @@ def fault_list(faults: list[str]) -> str:
     return "\n".join([f"the configuration has {len(faults)} fault(s):", *(f"  {fault}" for fault in faults)])
 
 
-def unknown_name(name: str, what: str) -> str:
-    known = [known for known, _ in leaves()] + [f.name for f in fields(RunConfig)]
+def unknown_name(name: str, what: str, kind: type = RunConfig) -> str:
+    known = [known for known, _ in leaves(kind)] + [f.name for f in fields(kind)]
     known += [f"data.blend.{f.name}" for f in fields(BlendEntry)]
     last = name.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.rsplit(".", 1)[-1] == last]
     return f"unknown {what}{name}{f'; did you mean {near[0]}?' if near else ''}"
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type) -> str:
     name = ".".join(str(part) for part in error["loc"] if part not in ("str", "dict[str,any]"))
     if error["type"] == "unexpected_keyword_argument":
-        return unknown_name(name, "key ")
+        return unknown_name(name, "key ", kind)
     if error["type"] in ("missing", "missing_argument"):
         return f"{name} is missing; set it in the file or with --{name}."
     came = repr(error["input"])

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         help="train nothing: write the distill.top_k largest logits of distill.teacher for every sample of the run into DIR,\n"
         "from which distill.logits then trains",
     )  # fmt: skip
-    config, arguments = parse_command_line(argv, parser)
+    config, arguments = parse_command_line(argv, parser, RunConfig)
     if arguments.print_config:
         print(dump(config), end="")
         return 0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,37 +46,67 @@ def validation_loss(
         `val_loss` (nats per token) and `val_bits_per_byte`, and of several sources `val_loss_by_source` as well, by name (None
         where no window is of it). None on every rank where one of them stopped early.
     """
-    size = config.data.seq_len
-    every = [_windows(shards, size) for shards in sources]
-    upto = np.cumsum([len(windows) for windows in every])  # windows in the sources up to and with each
-    wanted = np.arange(upto[-1])
-    if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
-        wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
+    size, held_out = config.data.seq_len, HeldOut.of(sources, config)
 
     def score(numbers: np.ndarray) -> np.ndarray:
         """(sources, 2) nats and predicted tokens of each source."""
         sums = np.zeros((len(sources), 2))
-        source = np.searchsorted(upto, numbers, side="right")
-        windows = [every[s][n - upto[s]] for s, n in zip(source, numbers, strict=True)]  # counted from the source's end
-        ids = [sources[s].read(np.arange(*window)) for s, window in zip(source, windows, strict=True)]
+        source, ids = held_out.read(numbers)
         inputs, targets = batch_arrays([Window(tokens, document=0, start=0, skip=0) for tokens in ids])
         nats = nll(model, inputs.to(accelerator.device), targets.to(accelerator.device)).double().sum(-1).cpu().numpy()
         np.add.at(sums, source, np.stack([nats, [len(tokens) - 1 for tokens in ids]], axis=-1))
         return sums
 
-    sums = over_windows(accelerator, model, wanted, size, score, stopping)
+    sums = over_windows(accelerator, model, held_out.wanted, size, score, stopping)
     if sums is None:
         return None
     nats, tokens = sums.sum(0).tolist()
-    predicted = sum(len(shards) - 2 * len(shards.documents) for shards in sources)
-    bits_per_byte = nats / tokens / math.log(2) * predicted / sum(shards.meta["bytes"] for shards in sources)
-    line = {"val_loss": nats / tokens, "val_bits_per_byte": bits_per_byte}
+    line = {"val_loss": nats / tokens, "val_bits_per_byte": bits_per_byte(nats / tokens, sources)}
     if len(sources) > 1:
         parts = zip(sources, sums.tolist())
         line["val_loss_by_source"] = {
             shards.meta["source"]: nats / tokens if tokens else None for shards, (nats, tokens) in parts
         }
     return line
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The windows of a validation, the same in every one.
+
+    Attributes:
+        windows: of each source, as `_windows` gives them. upto: how many the sources up to and with each have.
+        wanted: the numbers, over all sources, of those that are read.
+    """
+
+    sources: list[Shards]
+    windows: list[np.ndarray]
+    upto: np.ndarray
+    wanted: np.ndarray
+
+    @classmethod
+    def of(cls, sources: list[Shards], config: RunConfig) -> "HeldOut":
+        """`train.val_sequences` windows, spread evenly."""
+        windows = [_windows(shards, config.data.seq_len) for shards in sources]
+        upto = np.cumsum([len(some) for some in windows])
+        wanted = np.arange(upto[-1])
+        if config.train.val_sequences is not None and config.train.val_sequences < len(wanted):
+            wanted = np.linspace(0, upto[-1] - 1, config.train.val_sequences).round().astype(int)
+        return cls(sources, windows, upto, wanted)
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Of each window its source and its tokens."""
+        source = np.searchsorted(self.upto, numbers, side="right")
+        places = [
+            self.windows[s][n - self.upto[s]] for s, n in zip(source, numbers, strict=True)
+        ]  # counted from the source's end
+        return source, [self.sources[s].read(np.arange(*place)) for s, place in zip(source, places, strict=True)]
+
+
+def bits_per_byte(nats_per_token: float, sources: list[Shards]) -> float:
+    """Of the whole held-out text, by the loss on a part of it."""
+    predicted = sum(len(shards) - 2 * len(shards.documents) for shards in sources)
+    return nats_per_token / math.log(2) * predicted / sum(shards.meta["bytes"] for shards in sources)
 
 
 def classification(

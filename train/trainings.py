@@ -1,0 +1,72 @@
+"""Several trainings, each a `python -m train` of its own: on a CPU two at a time, each with half of the cores."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train.config import RunConfig, dump
+from train.run import last_line
+
+POLL = 0.3  # seconds
+
+
+def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> None:
+    """Trains what is not trained to its end yet; beside the directory of each run are its settings and what it printed.
+    Interrupted, the trainings at work save and stop; the same call goes on.
+
+    Args:
+        launcher: what starts each of them in the place of Python, one at a time.
+
+    Raises:
+        ChildProcessError: one failed.
+    """
+    cores = os.cpu_count() or 1
+    at_once = 1 if torch.cuda.is_available() or launcher else min(2, cores)
+    waiting = deque(run for run in runs if not is_done(run))
+    running: dict[str, subprocess.Popen] = {}
+    with tqdm(total=sum(run.train.steps for run in runs), desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    run = waiting.popleft()
+                    running[run.run_dir] = start(run, max(1, cores // at_once), launcher)
+                time.sleep(POLL)
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    if running.pop(name).returncode:
+                        raise ChildProcessError(f"the training {name} failed; {name}.log says why.")
+                bar.update(sum(map(steps_done, runs)) - bar.n)
+        finally:
+            for process in running.values():
+                process.terminate()  # it saves
+            for process in running.values():
+                process.wait()
+    if unfinished := [run.run_dir for run in runs if not is_done(run)]:
+        raise KeyboardInterrupt(f"{', '.join(unfinished)} stopped before the end")
+
+
+def start(run: RunConfig, threads: int, launcher: str | None) -> subprocess.Popen:
+    settings, output = (Path(f"{run.run_dir}.{ending}") for ending in ("yaml", "log"))
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(dump(run), encoding="utf-8")
+    limited = {} if torch.cuda.is_available() or launcher else {"OMP_NUM_THREADS": str(threads)}
+    with output.open("a") as file:
+        command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings)]
+        return subprocess.Popen(command, env=os.environ | limited, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+
+def steps_done(run: RunConfig) -> int:
+    line = last_line(Path(run.run_dir) / "metrics.jsonl", "step")
+    return 0 if line is None else line["step"]
+
+
+def is_done(run: RunConfig) -> bool:
+    """Its last validation comes before its last checkpoint, which the link then points at."""
+    link = Path(run.run_dir) / "model"
+    return link.exists() and link.resolve().parent.name == f"step-{run.train.steps}"
