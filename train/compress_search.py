@@ -136,10 +136,13 @@ def open_work(config: CompressConfig) -> Work:
     }  # fmt: skip
     if wrong := [name for name, given in unfit.items() if given]:
         raise ValueError(f"{', '.join(wrong)}: this does not go with a compression; leave it away.")
+    c = config.compress
+    if c.max_parameters is None and c.max_memory is None and c.min_speedup is None:
+        raise ValueError("there is no limit to keep; set compress.max_parameters, compress.max_memory or compress.min_speedup.")
     place = Path(fetch(config.model.init_from)).expanduser()
     shape = HybridLMConfig.from_pretrained(place)
     check_kinds(shape)
-    check_axes(shape, axes(config.compress, shape))
+    check_axes(shape, axes(c, shape))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parent = HybridLMForCausalLM.from_pretrained(place, backend=config.ops.backend).to(device).eval()
     tokenizer = open_tokenizer(config, None)

@@ -1,0 +1,228 @@
+"""The command as a whole, on a tiny parent; trainings run in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+import hybridlm.__main__
+import train.compress_search
+from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.memory import inference_bytes
+from hybridlm.strict_yaml import parse_yaml
+from hybridlm.twin import count_parameters
+from tests.train.conftest import WIDER, save_model
+from train.__main__ import main
+from train.compress_config import CompressConfig, axes, budget, training
+from train.config import Distill, Model, dump, parse
+from train.loop import train as train_here
+
+NAMES = [
+    "parent", "parent trained on", "pruned", "pruned + distilled", "pruned + cross-entropy", "from scratch",
+    "uniform depth + distilled", "uniform width + distilled",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("parent"), WIDER, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture
+def settings(parent, text_folder, tmp_path):
+    """The file of a compression whose sections are changed by keyword."""
+
+    def write(**changes) -> Path:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"init_from": str(parent)},
+            "data": {"source": str(text_folder), "seq_len": 32, "cache_dir": str(tmp_path / "cache")},
+            "compress": {
+                "max_parameters": 0.8, "prompt": 40, "new": 2, "context": 64, "turns": 1, "layer_samples": 4, "part_samples": 8,
+                "score_samples": 4, "scored": 6, "timed": 3, "distilled": 2, "short_steps": 1, "intermediate_size": [32, 24, 16, 8],
+            },
+            "optim": {"lr": 1e-2},
+            "train": {"steps": 3, "global_batch": 2, "val_sequences": 4},
+            "log": {"sample_tokens": 0},
+        }  # fmt: skip
+        for section, change in changes.items():
+            values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+        file = tmp_path / "compress.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def trained(monkeypatch, request):
+    """Trainings in this process; the run directories of each call, which this gives. No report but where one is looked at."""
+    calls = []
+    if request.node.name != "test_one_command_gives_a_student_and_what_it_kept":
+        monkeypatch.setattr("train.compress.write_report", lambda folder: None)
+
+    def train_all(runs, told, launcher=None):
+        calls.append([Path(run.run_dir).name for run in runs])
+        for run in runs:
+            if not (Path(run.run_dir) / "model").exists():
+                AcceleratorState._reset_state(reset_partial_state=True)
+                train_here(parse(parse_yaml(dump(run))))
+
+    monkeypatch.setattr("train.compress.train_all", train_all)
+    return calls
+
+
+def compress(file, run_main, *arguments):
+    return run_main(main, "compress", "--config", file, *arguments)
+
+
+def read(tmp_path, name="summary.json"):
+    return json.loads((tmp_path / "run" / name).read_text())
+
+
+def test_one_command_gives_a_student_and_what_it_kept(settings, trained, run_main, tmp_path, parent):
+    file = settings()
+    status, out, err = compress(file, run_main)
+    assert status == 0, err
+    summary, search = read(tmp_path), read(tmp_path, "search.json")
+    whole = count_parameters(HybridLMConfig.from_pretrained(parent))
+    assert list(summary["models"]) == NAMES
+    assert summary["parent"] == summary["models"]["parent"] and summary["student"] == summary["models"]["pruned + distilled"]
+    assert summary["parent"]["parameters"] == whole and summary["parent"]["agreement"] == 1
+    assert summary["student"]["parameters"] <= 0.8 * whole
+    assert [entry["tokens"] for entry in summary["models"].values()] == [0, 192, 0, 192, 192, 192, 192, 192]
+    assert summary["distillation_tokens"] == 192 and summary["parent_tokens"] is None
+    for name in ("pruned + cross-entropy", "from scratch", "pruned"):
+        assert {summary["models"][name][key] for key in ("parameters", "request_seconds")} == {
+            summary["student"][key] for key in ("parameters", "request_seconds")
+        }
+    for name in ("uniform depth + distilled", "uniform width + distilled"):
+        assert 0.95 * summary["student"]["parameters"] < summary["models"][name]["parameters"] <= summary["student"]["parameters"]
+    assert (tmp_path / "run" / "model").readlink() == Path("runs/distilled/model")
+    assert HybridLMForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() == summary["student"]["parameters"]
+    assert (tmp_path / "run" / "report" / "index.html").exists() and "pruned + distilled" in out
+    # The best of the search by its short distillation, of those that were timed, of those that were scored.
+    assert search["funnel"]["scored"] == len(search["candidates"]) == 6
+    assert [row["loss"] for row in search["candidates"]] == sorted(row["loss"] for row in search["candidates"])
+    assert [row["request_seconds"] is not None for row in search["candidates"]] == [True] * 3 + [False] * 3
+    short = {row["name"]: row["distilled_loss"] for row in search["candidates"] if row["distilled_loss"] is not None}
+    assert len(short) == 2
+    assert Path(summary["models"]["pruned"]["folder"]).name == min(short, key=short.get)
+    assert trained[0] == [f"short-{name}" for name in short]
+    # Nothing is done again.
+    assert compress(file, run_main)[0] == 0
+    assert read(tmp_path)["models"] == summary["models"]
+
+
+def test_what_comes_out_is_an_ordinary_folder(settings, trained, run_main, tmp_path):
+    assert compress(settings(compress={"compare": []}), run_main)[0] == 0
+    pruned = read(tmp_path)["models"]["pruned"]["folder"]
+    for folder in (tmp_path / "run" / "model", pruned):
+        assert run_main(hybridlm.__main__.main, "verify", folder, "--tokens", "40")[0] == 0
+    assert list(read(tmp_path)["models"]) == ["parent", "pruned", "pruned + distilled"]
+
+
+CUTS = {"measure": 1, "score": 3, "generate": 4, "predict": 2, "prune": 2}
+
+
+@pytest.mark.parametrize("where", [*CUTS, "train"])
+def test_cut_off_anywhere_it_goes_on_to_the_same_result(where, settings, trained, run_main, tmp_path, monkeypatch):
+    file, calls = settings(compress={"compare": ["cross-entropy"]}), []
+    with monkeypatch.context() as patch:
+        home = sys.modules[__name__] if where == "train" else train.compress_search
+        name = {"train": "train_here"}.get(where, where)
+        whole = getattr(home, name)
+
+        def cut_off(*args, **kwargs):
+            calls.append(where)
+            if len(calls) == CUTS.get(where, 3):
+                raise KeyboardInterrupt
+            return whole(*args, **kwargs)
+
+        patch.setattr(home, name, cut_off)
+        status, _, err = compress(file, run_main)
+        assert status == 1 and "the same command goes on" in err
+    assert compress(file, run_main)[0] == 0
+    cut = found(tmp_path / "run")
+    file.write_text(file.read_text().replace(str(tmp_path / "run"), str(tmp_path / "whole")))
+    assert compress(file, run_main)[0] == 0
+    assert cut == found(tmp_path / "whole")
+
+
+def found(run):
+    """All of a compression's figures that are no times."""
+    models, candidates = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "search"))
+    rows = [{key: row[key] for key in ("name", "loss", "agreement")} for row in candidates["candidates"]]
+    return {name: entry["nats_per_token"] for name, entry in models["models"].items()}, rows
+
+
+BAD = {
+    "a budget out of reach": ({"compress": {"max_parameters": 1000}}, "the smallest shape of the grid has"),
+    "memory out of reach": ({"compress": {"max_memory": 2}}, "the smallest shape of the grid takes"),
+    "no limit": ({"compress": {"max_parameters": None}}, "compress.min_speedup"),
+    "no parent": ({"model": {"init_from": None}}, "model.init_from"),
+    "more than there is": ({"compress": {"mamba_layers": [3]}}, "mamba_layers: give one or more of 0 to 2"),
+    "streams": ({"data": {"streaming": True}}, "data.streaming"),
+    "logits": ({"distill": {"logits": "somewhere"}}, "distill.logits"),
+    "a misspelt setting": ({"compress": {"max_parameter": 0.5}}, "did you mean compress.max_parameters?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told(case, settings, run_main, tmp_path):
+    changes, words = BAD[case]
+    status, _, err = compress(settings(**changes), run_main)
+    assert status == 2 and words in err
+
+
+def test_a_parent_with_other_kinds_of_layer_is_told_which(settings, run_main, tmp_path):
+    save_model(tmp_path / "other", WIDER, hybrid_override_pattern="MlE-")
+    status, _, err = compress(settings(model={"init_from": str(tmp_path / "other")}), run_main)
+    assert status == 2 and "'l' LSTM, 'E' mixture of experts" in err
+
+
+def test_another_compression_is_not_overwritten(settings, trained, run_main, tmp_path):
+    assert compress(settings(compress={"compare": []}), run_main)[0] == 0
+    status, _, err = compress(settings(compress={"compare": [], "scored": 5}), run_main)
+    assert status == 2 and "compress.scored: 6 -> 5" in err
+
+
+def test_none_that_is_fast_enough(settings, trained, run_main, monkeypatch):
+    clock = iter(range(1, 1000))
+    monkeypatch.setattr(train.compress_search, "generate", lambda *_: {"total": float(next(clock))})
+    status, _, err = compress(settings(compress={"min_speedup": 1.5}), run_main)
+    assert status == 2
+
+
+def test_limits_are_shares_of_the_parents_or_numbers(parent):
+    shape = HybridLMConfig.from_pretrained(parent)
+    config = parse(
+        {"run_dir": "r", "model": {"init_from": str(parent)}, "compress": {"max_parameters": 0.5, "context": 100}}, CompressConfig
+    )
+    assert budget(config.compress, shape).parameters == 0.5 * count_parameters(shape)
+    values = {"max_parameters": 5000, "max_memory": 0.25, "context": 100, "weight_bits": 4, "cache_bits": 8, "ffn_layers": [1]}
+    config = parse({"run_dir": "r", "model": {"init_from": str(parent)}, "compress": values}, CompressConfig)
+    assert budget(config.compress, shape).parameters == 5000
+    assert budget(config.compress, shape).memory == 0.25 * inference_bytes(shape, 100, 4, 8)
+    assert axes(config.compress, shape)["ffn_layers"] == [1] and axes(config.compress, shape)["mamba_layers"] == [2]
+
+
+def test_a_training_has_the_settings_of_the_distillation(parent):
+    given = {"temperature": 2.0, "hidden_weight": 0.5}
+    values = {
+        "run_dir": "r",
+        "seed": 3,
+        "model": {"init_from": str(parent)},
+        "distill": given,
+        "optim": {"lr": 0.5},
+        "compress": {},
+    }
+    config = parse(values, CompressConfig)
+    run = training(config, "x", Model(init_from="y"), teacher="z", steps=7)
+    assert (run.run_dir, run.seed, run.model.init_from, run.optim.lr, run.train.steps) == ("x", 3, "y", 0.5, 7)
+    assert run.distill == Distill(teacher="z", **given) and run.data.tokenizer == str(parent)
+    assert training(config, "x", Model(init_from="y")).distill == Distill()
+    assert parse(parse_yaml(dump(run))) == run
