@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import train.__main__
 from hybridlm import HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
-from tests.train.test_distillation import assert_same_end, check, interrupted, losses, start
+from tests.train.test_distillation import assert_same_end, interrupted, losses, train_on_two
 from train import distill, distillation, files, loop, top_logits
 from train.config import dump
 from train.setup import build_model, open_data
@@ -83,9 +83,7 @@ def test_all_logits_from_disk_are_the_teacher_but_for_their_rounding(write, quie
     assert a.max() > 1 and ((a - b).abs() / a.clamp(min=0.1)).max() < 1e-3
 
 
-def test_a_run_from_disk_ends_as_one_with_its_teacher_and_resumes_bit_for_bit(
-    write, quiet_config, teacher, tmp_path, monkeypatch
-):
+def test_a_run_from_disk_is_that_of_its_teacher_and_resumes_bit_for_bit(write, quiet_config, teacher, tmp_path, monkeypatch):
     folder = write(teacher, distill__top_k=258)
     runs = [
         quiet_config(run_dir=str(tmp_path / name), **changes)
@@ -114,7 +112,7 @@ def test_two_ranks_read_each_its_own_samples(write, quiet_config, teacher, tmp_p
         quiet_config(run_dir=str(tmp_path / name), distill__logits=str(folder), train__steps=3) for name in ("one", "two")
     )
     loop.train(one)
-    check(run_ranks(2, start(two)))
+    train_on_two(two, run_ranks)
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 
