@@ -3,6 +3,7 @@ teacher says of the run's samples, for `distill.logits`."""
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,8 @@ def write_logits(config: RunConfig, folder: Path) -> int:
         "fingerprint": weights_of(teacher), "precision": config.train.precision, "rows": rows,
     }  # fmt: skip
 
-    def entries(start: int, stop: int) -> dict[str, np.ndarray]:
-        parts = [said(config, teacher, stream, i, min(i + rows, stop), k) for i in range(start, stop, rows)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in ("ids", "log_probs")}
-
     try:
-        write(folder, plan, entries)
+        write(folder, plan, partial(said, config, teacher, stream, k))
     except KeyboardInterrupt:
         print("interrupted; finished files are kept, and the same command goes on", file=sys.stderr)
         return 1
@@ -85,7 +82,7 @@ def write_logits(config: RunConfig, folder: Path) -> int:
     return 0
 
 
-def said(config: RunConfig, teacher: Teacher, stream: Blend, start: int, stop: int, k: int) -> dict[str, np.ndarray]:
+def said(config: RunConfig, teacher: Teacher, stream: Blend, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
     """The `k` largest log-probabilities of samples start … stop - 1, as they are kept."""
     device = teacher.weight.device
     batch = {name: torch.from_numpy(array).to(device) for name, array in stream.batch(start, stop).items()}

@@ -108,7 +108,10 @@ def open_logits(folder: str) -> Kept:
             f"has no {META}, so it holds no logits; make them: python -m train distill --config FILE --write_logits {folder}"
         )  # fmt: skip
         raise ValueError(f"distill.logits {folder} {what}")
-    return Kept(path, json.loads((path / META).read_text()))
+    try:
+        return Kept(path, json.loads((path / META).read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"distill.logits {folder}: {META} cannot be read ({error}); delete it. {AGAIN}") from None
 
 
 def verify(kept: Kept) -> None:
@@ -132,7 +135,8 @@ def write(folder: Path, plan: dict[str, Any], entries: Callable[[int, int], Arra
     """Writes what is not there yet, with a progress bar; cut off, the same call goes on.
 
     Args:
-        plan: `Kept.meta` but for `files`. entries: `ids` and `log_probs` of samples start … stop - 1.
+        plan: `Kept.meta` but for `files`, and `rows`, the samples of one pass of the teacher.
+        entries: `ids` and `log_probs` of samples start … stop - 1.
 
     Raises:
         ValueError: the folder is something else, or of another plan.
@@ -147,10 +151,14 @@ def write(folder: Path, plan: dict[str, Any], entries: Callable[[int, int], Arra
             path = folder / name
             digest = files.sha256_of(path) if path.is_file() else None
             if digest is None or known.get(name, digest) != digest:
+                parts = []
+                for first in range(start, stop, plan["rows"]):
+                    parts.append(entries(first, min(first + plan["rows"], stop)))
+                    bar.update(min(plan["rows"], stop - first))
+                whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
                 unfinished = folder / f".{name}.unfinished"
-                digest = files.write(unfinished, [save(entries(start, stop))])
+                digest = files.write(unfinished, [save(whole)])
                 files.rename(unfinished, path)
-                bar.update(stop - start)
             else:
                 bar.initial += stop - start  # else the time left would be judged by what took none
                 bar.n += stop - start

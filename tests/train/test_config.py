@@ -92,6 +92,35 @@ def test_a_fault_of_the_data_is_named(values, message):
         parse(values)
 
 
+def distil(*, of=None, **values):
+    return TINY | {"distill": values} | ({"data": of} if of else {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (distil(teacher="a", logits="b"), r"set distill.teacher \(a model in memory\) or distill.logits .*, not both"),
+        (distil(logits="b", hidden_weight=1.0), "distill.hidden_weight: hidden states need the teacher itself"),
+        (distil(temperature=2.0, hidden_weight=1.0), "distill.temperature, distill.hidden_weight: nothing to learn from"),
+        (distil(teacher="a", temperature=0), "distill.temperature: .*greater than 0"),
+        (distil(teacher="a", label_weight=1.5), "distill.label_weight: .*less than or equal to 1"),
+        (distil(teacher="a", hidden_weight=-1), "distill.hidden_weight: .*greater than or equal to 0"),
+        (distil(teacher="a", top_k=0), "distill.top_k: .*greater than 0"),
+        (distil(teacher="a", of={"label_column": "x", "source": "a"}), "data.label_column: a classifier has no logits to distil"),
+        (distil(teacher="a", of={"carry_state": True}), "data.carry_state: a teacher's states are not carried on"),
+        (distil(logits="a", of={"streaming": True}), "distill.logits: they are found by sample number"),
+    ],
+)
+def test_a_fault_of_distillation_is_named(values, message):
+    with pytest.raises(ValueError, match=rf"1 fault\(s\):\n  .*{message}"):
+        parse(values)
+
+
+def test_all_faults_of_distillation_come_in_one_message():
+    with pytest.raises(ValueError, match=r"2 fault\(s\)"):
+        parse(distil(teacher="a", logits="b", of={"carry_state": True}))
+
+
 def test_all_faults_of_the_data_come_in_one_message():
     with pytest.raises(ValueError, match=r"5 fault\(s\)") as error:
         parse(data(source="c", blend=[TWO[0] | {"weight": [1, 2]}], phases=[0.5, 0.3], workers=1, streaming=True))

@@ -120,7 +120,7 @@ def test_writing_that_was_cut_off_goes_on_and_gives_the_same_bytes(write, quiet_
     whole, said, calls = write(teacher, distill__top_k=4), distill.said, []
 
     def counted(*arguments):
-        calls.append(arguments[3])
+        calls.append(arguments[4])
         if len(calls) == 5:
             raise KeyboardInterrupt
         return said(*arguments)
@@ -198,7 +198,7 @@ def test_a_folder_of_something_else_is_neither_read_nor_written(write, quiet_con
 def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path):
     assert [top_logits.id_type(n) for n in (258, 65_536, 65_537)] == [np.uint16, np.uint16, np.int32]
     assert top_logits.samples_per_file(4096, 64, 65_536) == 2**27 // (4096 * 64 * 4)
-    plan = {"samples": 2, "samples_per_file": 1, "vocab_size": 70_000}
+    plan = {"samples": 2, "samples_per_file": 1, "rows": 1, "vocab_size": 70_000}
     entries = {"ids": np.array([[[65_000, 69_999]]], np.int32), "log_probs": np.zeros((1, 1, 2), np.float16)}
     top_logits.write(tmp_path / "wide", plan, lambda start, stop: entries)
     assert open_logits(str(tmp_path / "wide")).batch(0, 2)["teacher_ids"].tolist() == [[[65_000, 69_999]]] * 2
@@ -207,7 +207,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path):
 def test_no_file_has_its_name_before_it_is_whole(tmp_path, monkeypatch):
     operations, perform = [], files.perform
     monkeypatch.setattr(files, "perform", lambda f, *a: operations.append((f.__name__, str(a[0]))) or perform(f, *a))
-    plan = {"samples": 1, "samples_per_file": 1, "vocab_size": 258}
+    plan = {"samples": 1, "samples_per_file": 1, "rows": 1, "vocab_size": 258}
     top_logits.write(tmp_path / "x", plan, lambda *_: {"ids": np.zeros((1, 1, 1), np.uint16)})
     opened = [Path(name).name for kind, name in operations if kind == "open"]
     assert opened == [".plan.json.unfinished", ".logits-00000.safetensors.unfinished", ".meta.json.unfinished"]

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from hybridlm.ops.cross_entropy import IGNORE
-from hybridlm.ops.distillation import TopK, Whole, distillation, eager
+from hybridlm.ops.distillation import TopK, Whole, distillation, eager, largest
 
 VOCABULARY, WIDTH = 11, 5
 TEACHERS = ["whole", "top-3", "top-10", "all"]
@@ -138,6 +138,18 @@ def test_no_more_than_a_block_of_logits_exists_at_once(monkeypatch):
     seen.clear()
     results(*draw(), teach("top-3"))
     assert max(seen) == 4 and sum(seen) == 2 * 21
+
+
+def test_the_largest_are_those_of_all_logits_and_come_in_blocks(monkeypatch):
+    monkeypatch.setattr(eager, "block_rows", lambda vocabulary: 4)
+    whole = teach("whole")
+    found, want = largest(whole, 3, 2.5), top(whole, 3, 2.5)
+    assert torch.equal(found.ids, want.ids) and found.log_probs.shape == (3, 7, 3)
+    torch.testing.assert_close(found.log_probs, want.log_probs)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = largest(Whole(*(one.float() for one in whole)), 3)
+    assert torch.equal(narrow.log_probs, largest(Whole(*(one.bfloat16() for one in whole)), 3).log_probs)
+    assert narrow.log_probs.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["whole", "top-3"])
