@@ -22,10 +22,8 @@ from train.top_logits import id_type, samples_per_file, write
 
 def main(argv: list[str]) -> int:
     parser = argument_parser()
-    parser.prog, parser.description = (
-        "python -m train distill",
-        "Train a model from a teacher; all as in training, but for the loss.",
-    )
+    parser.prog = "python -m train distill"
+    parser.description = "Train a model from a teacher; all as in training, but for the loss."
     parser.add_argument(
         "--write_logits", metavar="DIR", type=Path,
         help="train nothing: write the distill.top_k largest logits of distill.teacher for every sample of the run into DIR,\n"

@@ -5,6 +5,7 @@ begins from: {"layers": [of the parent, one for each of the student], "channels"
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def check_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def from_teacher(config: RunConfig, teacher: Teacher, student: HybridLMConfig):
+def from_teacher(
+    config: RunConfig, teacher: Teacher, student: HybridLMConfig
+) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """The loss of a run that has its teacher in memory (train.objective)."""
     distill, settings = config.distill, kl_settings(config)
     kept = read_kept(config, student, teacher.model.config) if distill.hidden_weight else None
@@ -134,13 +137,13 @@ def from_teacher(config: RunConfig, teacher: Teacher, student: HybridLMConfig):
         if kept is None:
             return model(**batch, teacher=predicted, **settings).loss
         output = model(**batch, teacher=predicted, output_hidden_states=True, **settings)
-        apart = kept.distance(output.hidden_states, taught)
-        return output.loss + distill.hidden_weight * apart.where(batch["targets"] != IGNORE, 0)
+        distance = kept.distance(output.hidden_states, taught)
+        return output.loss + distill.hidden_weight * distance.where(batch["targets"] != IGNORE, 0)
 
     return loss
 
 
-def from_logits(config: RunConfig):
+def from_logits(config: RunConfig) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """The loss of a run whose batches bring what the teacher said (train.top_logits)."""
     settings = kl_settings(config)
 

@@ -30,10 +30,12 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Attributes:
-    meta: `samples` in all, `samples_per_file`, `seq_len`, `top_k`, `temperature`, `vocab_size`, `data` (what gives sample numbers
-        their meaning), the teacher's name, fingerprint and precision, and `files`: the sha256 of each.
+class Logits:
+    """A finished folder.
+
+    Attributes:
+        meta: `samples` in all, `samples_per_file`, `seq_len`, `top_k`, `temperature`, `vocab_size`, `data` (what gives sample
+            numbers their meaning), the teacher's name, fingerprint and precision, and `files`: the sha256 of each.
     """
 
     folder: Path
@@ -68,7 +70,7 @@ class Kept:
 class Taught(Blend):
     """Samples that bring what a teacher said of them."""
 
-    kept: Kept
+    kept: Logits
 
     def batch(self, start: int, stop: int) -> Arrays:
         return super().batch(start, stop) | self.kept.batch(start, stop)
@@ -97,7 +99,7 @@ def taught(stream: Blend, config: RunConfig, vocab_size: int) -> Taught:
     return Taught(stream.samplers, stream.weights, stream.borders, kept)
 
 
-def open_logits(folder: str) -> Kept:
+def open_logits(folder: str) -> Logits:
     """
     Raises:
         ValueError: it has none, or they are not finished.
@@ -109,12 +111,12 @@ def open_logits(folder: str) -> Kept:
         )  # fmt: skip
         raise ValueError(f"distill.logits {folder} {what}")
     try:
-        return Kept(path, json.loads((path / META).read_text()))
+        return Logits(path, json.loads((path / META).read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(f"distill.logits {folder}: {META} cannot be read ({error}); delete it. {AGAIN}") from None
 
 
-def verify(kept: Kept) -> None:
+def verify(kept: Logits) -> None:
     """Reads every file, with a progress bar.
 
     Raises:
@@ -135,7 +137,7 @@ def write(folder: Path, plan: dict[str, Any], entries: Callable[[int, int], Arra
     """Writes what is not there yet, with a progress bar; cut off, the same call goes on.
 
     Args:
-        plan: `Kept.meta` but for `files`, and `rows`, the samples of one pass of the teacher.
+        plan: `Logits.meta` but for `files`, and `rows`, the samples of one pass of the teacher.
         entries: `ids` and `log_probs` of samples start … stop - 1.
 
     Raises:
