@@ -19,12 +19,14 @@ from accelerate.state import AcceleratorState
 import hybridlm.__main__
 from hybridlm import HybridLMConfig, HybridLMForCausalLM, HybridLMForSequenceClassification
 from hybridlm.cluster import communication
+from hybridlm.compress.search import check_axes
 from hybridlm.memory import GIB, Plan, fits, peak_bytes
 from hybridlm.modeling import HybridLMModel
 from hybridlm.output import BYTES, scaled
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
-from train.command_line import parse_command_line
+from train.command_line import parse_command_line, settings_parser
+from train.compress_config import CompressConfig, axes
 from train.config import RunConfig, Train, dump, parse, schema
 from train.loop import train
 from train.optim import learning_rate
@@ -34,7 +36,8 @@ FILES = sorted(file for file in (ROOT / "configs").rglob("*.*") if "experiments"
 SHAPES = [file for file in FILES if file.parent.name == "model"]
 ACCELERATE = [file for file in FILES if file.parent.name == "accelerate"]
 LAUNCH = [file for file in FILES if file.parent.name == "launch"]
-RUNS = [file for file in FILES if file not in SHAPES + ACCELERATE + LAUNCH]
+COMPRESSIONS = [file for file in FILES if file.parent.name == "compress"]
+RUNS = [file for file in FILES if file not in SHAPES + ACCELERATE + LAUNCH + COMPRESSIONS]
 PAPER = [file for file in RUNS if file.name.startswith("nemotron-h-")]
 
 
@@ -59,6 +62,18 @@ def test_a_run_parses_and_its_dump_reads_back_the_same(file):
     config, _ = parse_command_line(["--config", str(file)])
     assert parse(yaml.safe_load(dump(config))) == config
     assert config.model.config is None or isinstance(config.model.config, dict)
+
+
+@every(COMPRESSIONS)
+def test_a_compression_parses_and_begins_with_a_run_of_configs(file):
+    config, _ = parse_command_line(["--config", str(file)], settings_parser(CompressConfig), CompressConfig)
+    assert parse(yaml.safe_load(dump(config)), CompressConfig) == config
+    (parent,) = [run for run in RUNS if f"{load_yaml(run)['run_dir']}/model" == config.model.init_from]
+    begun, _ = parse_command_line(["--config", str(parent)])
+    shape = HybridLMConfig.from_strict_dict(begun.model.config)
+    check_axes(shape, axes(config.compress, shape))
+    tokens = [run.train.steps * run.train.global_batch * run.data.seq_len for run in (config, begun)]
+    assert tokens[0] <= 0.15 * tokens[1]
 
 
 @every(SHAPES)

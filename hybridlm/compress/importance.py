@@ -27,8 +27,8 @@ class Importance:
 
     Attributes:
         layers: (layers) mean squared change of what enters the head when a layer is left out.
-        parts: for each layer the L2 norm of the activations of its Mamba heads, key-value groups or neurons.
-        channels: (d) the same of the channels of the residual stream behind its norms.
+        parts: for each layer the L2 norm of the activations of its Mamba heads, key-value groups or neurons, see `watched`.
+        channels: (d) the same of the channels of the residual stream.
     """
 
     layers: Tensor
@@ -81,28 +81,36 @@ def layer_changes(model: HybridLMForCausalLM, batch: Batch) -> Tensor:
 
 @contextmanager
 def watched(model: HybridLMForCausalLM) -> Iterator[list[Tensor]]:
-    """Sums, for each layer and last for the residual stream, that grow with every batch the model reads inside: of the absolute
-    activations the mean over the rows of a batch, squared, over all positions and batches (Minitron, arXiv 2407.14679).
+    """Sums, for each layer and last for the residual stream, that grow with every batch the model reads inside: of the size of
+    each activation the mean over the rows of a batch, squared, over all positions and batches (Minitron, arXiv 2407.14679).
 
-    Activations are what enters a layer's projection into the residual stream, neurons behind their square, Mamba heads behind
-    their gated norm, attention heads; of the residual stream what leaves the norm before each layer and the head.
+    The activation of a Mamba head, a key-value group or a neuron is what it adds to the residual stream, its size the L2 norm of
+    that; the activation of a channel of the residual stream what the norms before the layers and the head give of it.
     """
     c = model.config
     sizes = [getattr(c, PARTS[symbol]) for symbol in c.hybrid_override_pattern]
     sums = [torch.zeros(size, dtype=torch.float64, device=model.device) for size in [*sizes, c.hidden_size]]
 
-    def add(to: Tensor, x: Tensor) -> None:
-        squares = x.float().abs().mean(0).square().sum(0, dtype=torch.float64)
-        to += squares.view(len(to), -1).sum(1)  # of a head the sum over its channels, of a group over its heads
+    def add(to: Tensor, size: Tensor) -> None:
+        to += size.mean(0).square().sum(0, dtype=torch.float64)
 
-    with_hooks = []
+    hooks = []
     for norm in [*(block.norm for block in model.backbone.layers), model.backbone.norm_f]:
-        with_hooks.append(cast(nn.Module, norm).register_forward_hook(lambda _, args, y: add(sums[-1], y)))
+        hooks.append(cast(nn.Module, norm).register_forward_hook(lambda _, args, y: add(sums[-1], y.float().abs())))
     for block, to in zip(model.backbone.layers, sums):
         (into,) = (module for module in block.modules() if isinstance(module, IntoResidual))
-        with_hooks.append(into.register_forward_pre_hook(lambda _, args, to=to: add(to, args[0])))
+        columns = into.weight.float().unflatten(1, (len(to), -1))  # (d parts s)
+        gram = torch.einsum("dps,dpq->psq", columns, columns)
+        hooks.append(into.register_forward_pre_hook(lambda _, args, to=to, gram=gram: add(to, added(args[0], gram))))
     try:
         yield sums
     finally:
-        for handle in with_hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def added(x: Tensor, gram: Tensor) -> Tensor:
+    """(b t parts): the L2 norm of what each part of x (b t parts*s) becomes behind a projection, by the products of its columns,
+    `gram` (parts s s)."""
+    parts = x.float().unflatten(-1, gram.shape[:2])
+    return (torch.einsum("btps,psq->btpq", parts, gram) * parts).sum(-1).clamp(min=0).sqrt()

@@ -42,7 +42,8 @@ def settings(parent, text_folder, tmp_path):
             "data": {"source": str(text_folder), "seq_len": 32, "cache_dir": str(tmp_path / "cache")},
             "compress": {
                 "max_parameters": 0.8, "prompt": 40, "new": 2, "context": 64, "turns": 1, "layer_samples": 4, "part_samples": 8,
-                "score_samples": 4, "scored": 6, "timed": 3, "distilled": 2, "short_steps": 1, "intermediate_size": [32, 24, 16, 8],
+                "score_samples": 4, "scored": 6, "timed": 3, "distilled": 2, "short_steps": 1,
+                "intermediate_size": [32, 24, 16, 8],
             },
             "optim": {"lr": 1e-2},
             "train": {"steps": 3, "global_batch": 2, "val_sequences": 4},
@@ -190,11 +191,18 @@ def test_another_compression_is_not_overwritten(settings, trained, run_main, tmp
     assert status == 2 and "compress.scored: 6 -> 5" in err
 
 
-def test_none_that_is_fast_enough(settings, trained, run_main, monkeypatch):
-    clock = iter(range(1, 1000))
-    monkeypatch.setattr(train.compress_search, "generate", lambda *_: {"total": float(next(clock))})
-    status, _, err = compress(settings(compress={"min_speedup": 1.5}), run_main)
-    assert status == 2
+def test_none_that_is_fast_enough(settings, trained, run_main, tmp_path, monkeypatch):
+    """All layers are thought to take no time, and all requests take a second."""
+    monkeypatch.setattr(train.compress_search.latency, "measure", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(train.compress_search, "generate", lambda *_: {"total": 1.0})
+    status, _, err = compress(settings(compress={"min_speedup": 1.0, "compare": []}), run_main)
+    assert status == 0, err
+    status, _, err = compress(settings(run_dir=str(tmp_path / "other"), compress={"min_speedup": 1.5}), run_main)
+    assert status == 2 and "the quickest shape of the grid takes about 1 s" in err
+    seconds = iter([1.0, 0.0])  # what a layer adds, by estimate, is none after the first
+    monkeypatch.setattr(train.compress_search.latency, "measure", lambda *_: (next(seconds, 0.0), 1.0))
+    status, _, err = compress(settings(run_dir=str(tmp_path / "third"), compress={"min_speedup": 1.5}), run_main)
+    assert status == 2 and "none of the 3 timed candidates is 1.5 times as fast as the parent; the quickest is 1.000 times" in err
 
 
 def test_limits_are_shares_of_the_parents_or_numbers(parent):
