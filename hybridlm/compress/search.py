@@ -117,44 +117,49 @@ def most_important(config: HybridLMConfig, importance: Importance, shape: Shape)
     layers, full = best_layers(config, importance, shape), shape_of(config)
     sizes = {i: shape[PARTS[config.hybrid_override_pattern[i]]] for i in layers}
     parts = {i: best_parts(config, importance, i, size) for i, size in sizes.items() if size < len(importance.parts[i])}
-    channels = None if shape["hidden_size"] == full["hidden_size"] else best(importance.channels, shape["hidden_size"])
+    width = shape["hidden_size"]
+    channels = None if width == full["hidden_size"] else best_parts(config, importance, None, width)
     return Kept(layers, parts, channels)
 
 
 def best_layers(config: HybridLMConfig, importance: Importance, shape: Shape) -> list[int]:
+    pattern, worth = config.hybrid_override_pattern, importance.layers.tolist()
     layers: list[int] = []
     for symbol, axis in LAYERS.items():
-        of_kind = [i for i, s in enumerate(config.hybrid_override_pattern) if s == symbol]
-        layers += sorted(of_kind, key=lambda i: -importance.layers[i].item())[: shape[axis]]
+        of_kind = [i for i, s in enumerate(pattern) if s == symbol]
+        layers += sorted(of_kind, key=worth.__getitem__, reverse=True)[: shape[axis]]
     return sorted(layers)
 
 
-def best_parts(config: HybridLMConfig, importance: Importance, layer: int, count: int) -> list[int]:
-    groups = config.n_groups if config.hybrid_override_pattern[layer] == "M" else 1
-    return best(importance.parts[layer], count, groups)
+def by_group(config: HybridLMConfig, importance: Importance, layer: int | None) -> Tensor:
+    """(groups, parts of each): the importance of the parts of a layer, or of the channels of the residual stream."""
+    if layer is None:
+        return importance.channels[None]
+    return importance.parts[layer].view(config.n_groups if config.hybrid_override_pattern[layer] == "M" else 1, -1)
 
 
-def best(scores: Tensor, count: int, groups: int = 1) -> list[int]:
+def best_parts(config: HybridLMConfig, importance: Importance, layer: int | None, count: int) -> list[int]:
     """The numbers of the `count` best, rising, as many of each group."""
-    by_group = scores.view(groups, -1)
-    chosen = by_group.topk(count // groups, dim=1).indices + torch.arange(groups)[:, None] * by_group.shape[1]
+    scores = by_group(config, importance, layer)
+    chosen = scores.topk(count // len(scores)).indices + torch.arange(len(scores))[:, None] * scores.shape[1]
     return sorted(chosen.flatten().tolist())
 
 
 def damage(config: HybridLMConfig, importance: Importance, shape: Shape, lost: Callable[[int | None, int], float]) -> float:
     """The importance of the layers that go, and of those that stay as large a share as goes of their squared activations; of all
     layers where channels of the residual stream go."""
+    pattern, worth = config.hybrid_override_pattern, importance.layers.tolist()
     layers = best_layers(config, importance, shape)
-    stay, whole = importance.layers[layers].sum().item(), importance.layers.sum().item()
-    thinner = sum(importance.layers[i].item() * lost(i, shape[PARTS[config.hybrid_override_pattern[i]]]) for i in layers)
-    return whole - stay + thinner + whole * lost(None, shape["hidden_size"])
+    gone = sum(worth[i] for i in set(range(len(pattern))).difference(layers))
+    thinner = sum(worth[i] * lost(i, shape[PARTS[pattern[i]]]) for i in layers)
+    return gone + thinner + sum(worth) * lost(None, shape["hidden_size"])
 
 
 def lost_share(config: HybridLMConfig, importance: Importance, layer: int | None, count: int) -> float:
     """Of the squared activations, the part that goes where `count` parts of a layer stay, or channels of the residual stream."""
-    scores = importance.channels if layer is None else importance.parts[layer]
-    kept = best(scores, count) if layer is None else best_parts(config, importance, layer, count)
-    return 1 - (scores[kept].square().sum() / scores.square().sum()).item()
+    scores = by_group(config, importance, layer)
+    least = scores.topk(scores.shape[1] - count // len(scores), largest=False).values
+    return (least.square().sum() / scores.square().sum()).item()
 
 
 def candidates(
@@ -257,7 +262,7 @@ def trimmed(config: HybridLMConfig, importance: Importance, kept: Kept, paramete
     layers = [i for i in kept.layers if config.hybrid_override_pattern[i] == "-"]
 
     def with_neurons(count: int) -> Kept:
-        return replace(kept, parts={**kept.parts, **{i: best(importance.parts[i], count) for i in layers}})
+        return replace(kept, parts={**kept.parts, **{i: best_parts(config, importance, i, count) for i in layers}})
 
     fewest, one_more = (count_parameters(smaller_config(config, with_neurons(count))) for count in (1, 2))
     count = 1 + (parameters - fewest) // (one_more - fewest)
