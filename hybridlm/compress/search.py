@@ -231,11 +231,13 @@ def uniform_depth(config: HybridLMConfig, importance: Importance, parameters: in
     Raises:
         ValueError: no such model.
     """
-    pattern = config.hybrid_override_pattern
+    pattern, full = config.hybrid_override_pattern, shape_of(config)
     for gone in range(len(pattern) - 1, -1, -1):
         dropped = {int((i + 0.5) * len(pattern) / gone) for i in range(gone)}
         layers = [i for i in range(len(pattern)) if i not in dropped]
-        if count_parameters(smaller_config(config, Kept(layers))) >= parameters and any(pattern[i] == "-" for i in layers):
+        left = [pattern[i] for i in layers]
+        shape = full | {axis: left.count(symbol) for symbol, axis in LAYERS.items()}
+        if shape["ffn_layers"] and count_parameters(counted(config, shape)) >= parameters:
             return trimmed(config, importance, Kept(layers), parameters)
     raise ValueError(f"the parent has fewer than {parameters:,} parameters, or no FFN layer.")
 
