@@ -262,6 +262,8 @@ def uniform_width(config: HybridLMConfig, importance: Importance, parameters: in
 def trimmed(config: HybridLMConfig, importance: Importance, kept: Kept, parameters: int) -> Kept:
     """The same with as many neurons as make it `parameters` large, or just less."""
     layers = [i for i in kept.layers if config.hybrid_override_pattern[i] == "-"]
+    if not layers:
+        raise ValueError("the parent has no FFN layer, whose neurons make up the difference between a uniform cut and its size.")
 
     def with_neurons(count: int) -> Kept:
         return replace(kept, parts={**kept.parts, **{i: best_parts(config, importance, i, count) for i in layers}})
