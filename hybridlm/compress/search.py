@@ -271,5 +271,5 @@ def trimmed(config: HybridLMConfig, importance: Importance, kept: Kept, paramete
     fewest, one_more = (count_parameters(smaller_config(config, with_neurons(count))) for count in (1, 2))
     count = 1 + (parameters - fewest) // (one_more - fewest)
     if count < 1:
-        raise ValueError(f"without any neurons there are still {fewest:,} parameters, more than {parameters:,}.")
+        raise ValueError(f"with one neuron in each FFN layer there are still {fewest:,} parameters, more than {parameters:,}.")
     return with_neurons(min(config.intermediate_size, count))
