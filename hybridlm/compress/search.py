@@ -20,6 +20,7 @@ from hybridlm.twin import count_parameters
 
 LAYERS = {"M": "mamba_layers", "*": "attention_layers", "-": "ffn_layers"}
 AXES = (*LAYERS.values(), *PARTS.values(), "hidden_size")
+SETTINGS = ", ".join(f"compress.{axis}" for axis in AXES)
 Shape = dict[str, int]  # a value for each of AXES
 
 
@@ -176,10 +177,13 @@ def candidates(
         seconds: what a request is thought to take a shape.
 
     Raises:
-        ValueError: a grid that does not fit the parent; none within the budget: the message has the smallest.
+        ValueError: a grid that does not fit the parent, or has no other shape; none within the budget: the message has the
+            smallest.
     """
     check_axes(config, axes)
     shapes = [shape for shape in grid(config, axes) if shape != shape_of(config)]
+    if not shapes:
+        raise ValueError(f"the grid has no shape but the parent's own; let it go further down ({SETTINGS}).")
     limit = math.inf if budget.seconds is None else budget.seconds
     within = [shape for shape in shapes if budget.admits(counted(config, shape)) and seconds(shape) <= limit]
     if not within:
@@ -219,7 +223,7 @@ def unreachable(config: HybridLMConfig, shapes: list[Shape], budget: Budget, sec
         [
             f"no shape of the grid ({len(shapes):,}) is within the budget:",
             *(f"  {line}" for line in lines),
-            f"Raise the budget, or let the grid go further down (compress.{', compress.'.join(AXES)}).",
+            f"Raise the budget, or let the grid go further down ({SETTINGS}).",
         ]
     )
 
