@@ -73,8 +73,8 @@ def shape_of(config: HybridLMConfig) -> Shape:
 
 
 def default_axis(config: HybridLMConfig, axis: str) -> list[int]:
-    """Of layers all down to two thirds; of widths all, seven eighths, three quarters, five eighths and a half, as far as they
-    divide; all channels of the residual stream, which every part of a model needs."""
+    """Of layers all down to two thirds; of widths all, seven eighths, three quarters, five eighths and a half, rounded down
+    to whole groups of heads and 16 neurons; all channels of the residual stream, which every part of a model needs."""
     full = shape_of(config)[axis]
     if axis in LAYERS.values():
         return list(range(full, math.ceil(full * 2 / 3) - 1, -1))
