@@ -42,8 +42,7 @@ class Kept:
 
     def save(self, folder: Path, parent: str) -> None:
         """Writes `pruning.json`, by which a pruned model can be held against its parent."""
-        values = asdict(self) | {"parts": {str(layer): part for layer, part in self.parts.items()}, "parent": parent}
-        (folder / PRUNING).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        (folder / PRUNING).write_text(json.dumps(asdict(self) | {"parent": parent}) + "\n", encoding="utf-8")
 
 
 def check_kinds(config: HybridLMConfig) -> None:
