@@ -5,6 +5,7 @@ channels: their weights grow by the square root of what the width shrinks by, an
 for the residual stream a matter of its scale, since every layer reads it through a norm.
 """
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -120,7 +121,7 @@ def prune(model: HybridLMForCausalLM, kept: Kept) -> HybridLMForCausalLM:
     with torch.device("meta"):
         small = HybridLMForCausalLM(config)
     small.load_state_dict({name: tensor.to(model.device) for name, tensor in tensors.items()}, assign=True)
-    small.generation_config = model.generation_config
+    small.generation_config = copy.deepcopy(model.generation_config)
     return small.train(model.training)
 
 
