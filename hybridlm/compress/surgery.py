@@ -67,11 +67,14 @@ def smaller_config(config: HybridLMConfig, kept: Kept) -> HybridLMConfig:
     """The shape of what is left.
 
     Raises:
-        ValueError: parts that are not there, none left of something, or not the same number in layers of a kind.
+        ValueError: parts that are not there, or of layers that do not stay; none left of something, or not the same number in
+            layers of a kind.
     """
     check_kinds(config)
     pattern = config.hybrid_override_pattern
     _check_index("layers", kept.layers, len(pattern))
+    if strangers := sorted(set(kept.parts).difference(kept.layers)):
+        raise ValueError(f"parts to keep are given for layers that do not stay: {strangers}; layers {kept.layers} stay.")
     channels = range(config.hidden_size) if kept.channels is None else kept.channels
     _check_index("channels", channels, config.hidden_size)
     values = {name: getattr(config, name) for name in HybridLMConfig.__annotations__}
