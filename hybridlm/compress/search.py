@@ -4,15 +4,16 @@ arXiv 2504.03624, section 4); beside them uniform cuts to the same size, which l
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from hybridlm.compress.importance import Importance
-from hybridlm.compress.surgery import PARTS, Kept, smaller_config
+from hybridlm.compress.surgery import PARTS, Kept
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.memory import inference_bytes
 from hybridlm.output import BYTES, scaled
@@ -242,38 +243,39 @@ def uniform_depth(config: HybridLMConfig, importance: Importance, parameters: in
         left = [pattern[i] for i in layers]
         shape = full | {axis: left.count(symbol) for symbol, axis in LAYERS.items()}
         if shape["ffn_layers"] and count_parameters(counted(config, shape)) >= parameters:
-            return trimmed(config, importance, Kept(layers), parameters)
-    raise ValueError(f"the parent has fewer than {parameters:,} parameters, or no FFN layer.")
+            break
+    else:
+        raise ValueError(f"the parent has fewer than {parameters:,} parameters, or no FFN layer.")
+    count = most_neurons(config, shape, parameters)
+    if count < 1:
+        raise ValueError(f"with a neuron in each FFN layer, layers at even distances leave more than {parameters:,} parameters.")
+    return Kept(layers, {i: best_parts(config, importance, i, count) for i in layers if pattern[i] == "-"})
 
 
 def uniform_width(config: HybridLMConfig, importance: Importance, parameters: int) -> Kept:
     """All layers stay, and of every width, channels of the residual stream too, the most important share, the same of each up to
-    whole heads and groups; neurons make up the difference to `parameters`.
+    whole heads and groups: the share at which neurons, which make up the difference to `parameters`, are nearest to it.
 
     Raises:
         ValueError: no such model.
     """
     full = shape_of(config)
+    if not full["ffn_layers"]:
+        raise ValueError("the parent has no FFN layer, whose neurons make up the difference between a uniform cut and its size.")
+    fitting = []
     for channels in range(full["hidden_size"], 0, -1):
         share = channels / full["hidden_size"]
         shape = full | {axis: max(1, round(full[axis] * share)) for axis in (*PARTS.values(), "hidden_size")}
         shape["mamba_num_heads"] = max(1, round(full["mamba_num_heads"] / config.n_groups * share)) * config.n_groups
-        if count_parameters(counted(config, shape)) <= parameters:
-            return trimmed(config, importance, most_important(config, importance, shape), parameters)
-    raise ValueError(f"no model of one width has {parameters:,} parameters or fewer.")
+        if (count := most_neurons(config, shape, parameters)) >= 1:
+            neurons = {"intermediate_size": min(count, full["intermediate_size"])}
+            fitting.append((abs(count / full["intermediate_size"] - share), shape | neurons))
+    if not fitting:
+        raise ValueError(f"no model of one width has {parameters:,} parameters or fewer.")
+    return most_important(config, importance, min(fitting, key=itemgetter(0))[1])
 
 
-def trimmed(config: HybridLMConfig, importance: Importance, kept: Kept, parameters: int) -> Kept:
-    """The same with as many neurons as make it `parameters` large, or just less."""
-    layers = [i for i in kept.layers if config.hybrid_override_pattern[i] == "-"]
-    if not layers:
-        raise ValueError("the parent has no FFN layer, whose neurons make up the difference between a uniform cut and its size.")
-
-    def with_neurons(count: int) -> Kept:
-        return replace(kept, parts={**kept.parts, **{i: best_parts(config, importance, i, count) for i in layers}})
-
-    fewest, one_more = (count_parameters(smaller_config(config, with_neurons(count))) for count in (1, 2))
-    count = 1 + (parameters - fewest) // (one_more - fewest)
-    if count < 1:
-        raise ValueError(f"with one neuron in each FFN layer there are still {fewest:,} parameters, more than {parameters:,}.")
-    return with_neurons(min(config.intermediate_size, count))
+def most_neurons(config: HybridLMConfig, shape: Shape, parameters: int) -> int:
+    """With so many, maybe more than the parent has or less than one, a model of this shape has `parameters`, or just less."""
+    fewest, one_more = (count_parameters(counted(config, shape | {"intermediate_size": count})) for count in (1, 2))
+    return 1 + (parameters - fewest) // (one_more - fewest)
