@@ -23,6 +23,7 @@ from hybridlm.memory import (
     cache_bytes,
     fits,
     group_bytes,
+    inference_bytes,
     longest_context,
     moments,
     peak_bytes,
@@ -78,6 +79,15 @@ def test_cache_bytes_are_those_of_a_real_cache(pattern, length, tiny_model, draw
         model(draw_ids(1, length), past_key_values=cache)
         # A state may hold a view of a longer tensor: what counts is its own size.
         assert cache_bytes(model.config, length, size) == cache.nbytes()
+
+
+def test_bits_of_weights_and_of_the_cache(tiny_config):
+    """By hand; two of the layers of the pattern are Mamba-2, with a state in fp32 and three inputs of a convolution."""
+    config = tiny_config(hybrid_override_pattern="M-M*")
+    parameters, states, conv, keys = count_parameters(config), 2 * 6 * 8 * 5, 2 * 3 * (6 * 8 + 2 * 2 * 5), 2 * 2 * 8 * 100
+    assert inference_bytes(config, 100) == 2 * parameters + 4 * states + 2 * (conv + keys)
+    assert inference_bytes(config, 100, 32, 16) == 4 * parameters + 4 * states + 2 * (conv + keys)
+    assert inference_bytes(config, 100, 4, 8) == parameters / 2 + 4 * states + conv + keys
 
 
 def bytes_kept(block, x, context=Context()):  # noqa: B008
