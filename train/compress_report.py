@@ -27,8 +27,8 @@ WHAT = {
     "pruned + distilled": "the same, then taught by the parent's predictions",
     "pruned + cross-entropy": "the same, then trained on the text alone, without the parent",
     "from scratch": "the winner's shape with random weights, trained on as many tokens",
-    "uniform depth + distilled": "layers left out at even distances, and neurons, down to the parameters of the student, then distilled alike",
-    "uniform width + distilled": "every width cut by one share down to the parameters of the student, then distilled alike",
+    "uniform depth + distilled": "layers left out at even distances, down to the student's parameters, then distilled alike",
+    "uniform width + distilled": "every width cut by one share, down to the student's parameters, then distilled alike",
 }
 PARTS = {"M": "heads of Mamba-2", "*": "key-value groups", "-": "neurons of FFN", "E": "parts of experts"}
 
@@ -235,7 +235,7 @@ def side_by_side(content: Content) -> list[Any]:
     kept = f"weights and the cache of {context:,} tokens" if context else "weights and cache"
     note = (
         "Accuracy and agreement: the share of validation tokens whose likeliest prediction is the text's, and the parent's. "
-        f"Tokens/s: read and written, over the seconds of a request ({request(content)}, batch {content.summary.get('batch', 1)}). "
+        f"Tokens/s: read and written, over a request's seconds ({request(content)}, batch {content.summary.get('batch', 1)}). "
         f"Memory: {kept}, computed."
     )
     told = {name: WHAT[name] for name in content.models if name in WHAT}

@@ -230,26 +230,26 @@ def unreachable(config: HybridLMConfig, shapes: list[Shape], budget: Budget, sec
 
 
 def uniform_depth(config: HybridLMConfig, importance: Importance, parameters: int) -> Kept:
-    """Layers go at even distances, whatever they do, as many as leave the model no smaller than `parameters`; then the least
-    important neurons of all FFN layers go.
+    """Layers go at even distances, whatever they do, as many as leave the model no smaller than `parameters`, and then the least
+    important neurons of all FFN layers; one layer more where neurons do not suffice.
 
     Raises:
         ValueError: no such model.
     """
-    pattern, full = config.hybrid_override_pattern, shape_of(config)
+    pattern, full, found = config.hybrid_override_pattern, shape_of(config), None
     for gone in range(len(pattern) - 1, -1, -1):
         dropped = {int((i + 0.5) * len(pattern) / gone) for i in range(gone)}
         layers = [i for i in range(len(pattern)) if i not in dropped]
         left = [pattern[i] for i in layers]
         shape = full | {axis: left.count(symbol) for symbol, axis in LAYERS.items()}
-        if shape["ffn_layers"] and count_parameters(counted(config, shape)) >= parameters:
+        if shape["ffn_layers"] and (neurons := most_neurons(config, shape, parameters)) >= 1:
+            found = layers, min(neurons, full["intermediate_size"])
+        if count_parameters(counted(config, shape)) >= parameters:
             break
-    else:
-        raise ValueError(f"the parent has fewer than {parameters:,} parameters, or no FFN layer.")
-    count = most_neurons(config, shape, parameters)
-    if count < 1:
-        raise ValueError(f"with a neuron in each FFN layer, layers at even distances leave more than {parameters:,} parameters.")
-    return Kept(layers, {i: best_parts(config, importance, i, count) for i in layers if pattern[i] == "-"})
+    if found is None:
+        raise ValueError(f"no layers at even distances, an FFN among them, have {parameters:,} parameters or fewer.")
+    layers, neurons = found
+    return Kept(layers, {i: best_parts(config, importance, i, neurons) for i in layers if pattern[i] == "-"})
 
 
 def uniform_width(config: HybridLMConfig, importance: Importance, parameters: int) -> Kept:

@@ -90,13 +90,16 @@ def mamba(c, m, h):
 
 @torch.no_grad()
 def test_parts_are_worth_their_activations(parent, draw_ids):
-    """The mean over the rows of a batch, then the L2 norm over positions, batches and a part's channels."""
+    """The L2 norm of what a part adds to the residual stream, the mean over the rows of a batch, the L2 norm over the rest."""
     model, texts = parent(), [draw_ids(3, 11), draw_ids(2, 6, 1)]
     found = measure(model, [rows(texts[0])], map(rows, texts))
     read, normed = zip(*(activations(model, ids) for ids in texts))
     for i, part in enumerate(found.parts):
-        means = torch.cat([one[i].abs().mean(0) for one in read])  # (t parts channels)
-        torch.testing.assert_close(part, means.square().sum((0, 2)).sqrt(), rtol=1e-5, atol=1e-7)
+        mixer = model.backbone.layers[i].mixer
+        into = {"M": "out_proj", "*": "o_proj", "-": "down_proj"}[model.config.hybrid_override_pattern[i]]
+        columns = getattr(mixer, into).weight.unflatten(1, (len(part), -1))
+        means = torch.cat([torch.einsum("btps,dps->btpd", one[i], columns).norm(dim=-1).mean(0) for one in read])  # (t parts)
+        torch.testing.assert_close(part, means.square().sum(0).sqrt(), rtol=1e-5, atol=1e-7)
     means = torch.cat([h.abs().mean(0) for one in normed for h in one])
     torch.testing.assert_close(found.channels, means.square().sum(0).sqrt(), rtol=1e-5, atol=0)
     assert [len(part) for part in found.parts] == [8, 20, 8, 3, 20, 8, 20]

@@ -258,15 +258,13 @@ def test_a_uniform_cut_to_the_parents_size_is_the_parent(parent_config):
 
 def test_uniform_cuts_that_there_are_not(parent_config):
     config = parent_config()
-    importance, size = draw(config), count_parameters(config)
-    with pytest.raises(ValueError, match=f"the parent has fewer than {size + 1:,} parameters"):
-        uniform_depth(config, importance, size + 1)
+    importance = draw(config)
     with pytest.raises(ValueError, match="no model of one width has 50 parameters or fewer"):
         uniform_width(config, importance, 50)
     without = parent_config(hybrid_override_pattern="M*M")
     for cut in (uniform_depth, uniform_width):
-        with pytest.raises(ValueError, match="no FFN layer"):
+        with pytest.raises(ValueError, match=r"no FFN layer|an FFN among them"):
             cut(without, draw(without), count_parameters(without) // 2)
     heavy = parent_config(hybrid_override_pattern="M-", intermediate_size=2)
-    with pytest.raises(ValueError, match="with a neuron in each FFN layer, layers at even distances leave more than 3,000 param"):
-        uniform_depth(heavy, draw(heavy), 3000)
+    with pytest.raises(ValueError, match="no layers at even distances, an FFN among them, have 300 parameters or fewer"):
+        uniform_depth(heavy, draw(heavy), 300)
