@@ -36,6 +36,7 @@ from hybridlm.ops import blocks, precision
 from hybridlm.ops.selective_scan import eager as selective_scan
 from hybridlm.ops.ssd import eager
 from hybridlm.strict_yaml import load_yaml
+from hybridlm.twin import count_parameters
 from train import sharding
 
 WIDE = {
