@@ -186,7 +186,7 @@ def best_candidates(work: Work, importance: Importance) -> list[Found]:
         return most_important(work.shape, importance, shape)
 
     def build(shape: Shape) -> HybridLMForCausalLM:
-        return parent if shape == whole else prune(parent, kept(shape))
+        return parent if shape == whole else prune(parent, kept(shape), work.config.ops.backend)
 
     def scored(one: Candidate) -> tuple[Shape, Row]:
         model = build(one.shape)
@@ -226,8 +226,9 @@ def estimates(work: Work) -> Callable[[dict[str, int]], float]:
     c, device = work.config.compress, work.parent.device
     shapes = [shape_of(work.shape), *grid(work.shape, axes(c, work.shape))]
     measured = {}
+    how = (c.prompt, c.new, c.turns, device, work.config.ops.backend)
     for layer in tqdm(latency.needed(shapes), desc=f"timing layers, {c.prompt:,} in, {c.new:,} out", unit="layer"):
-        found = work.journal.once(f"layer {layer}", lambda: latency.measure(work.shape, layer, c.prompt, c.new, c.turns, device))  # noqa: B023
+        found = work.journal.once(f"layer {layer}", lambda: latency.measure(work.shape, layer, *how))  # noqa: B023
         measured[layer] = latency.Seconds(*found)
     return lambda shape: latency.estimate(shape, measured)
 

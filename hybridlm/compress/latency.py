@@ -41,7 +41,9 @@ def needed(shapes: Iterable[Shape]) -> list[Layer]:
     return list(dict.fromkeys(layer for shape in shapes for layer in layers_of(shape)))
 
 
-def measure(config: HybridLMConfig, layer: Layer, prompt: int, new: int, turns: int, device: torch.device) -> Seconds:
+def measure(
+    config: HybridLMConfig, layer: Layer, prompt: int, new: int, turns: int, device: torch.device, backend: str = "auto"
+) -> Seconds:
     """Of a model with one such layer and of one with two, in turns, each the least of its times: what comes between only adds."""
     per_group = config.num_attention_heads // config.num_key_value_heads
     models = []
@@ -51,7 +53,7 @@ def measure(config: HybridLMConfig, layer: Layer, prompt: int, new: int, turns: 
         setattr(c, PARTS[layer.symbol], layer.size)
         c.num_attention_heads = c.num_key_value_heads * per_group
         with device:
-            models.append(HybridLMForCausalLM(c).eval())
+            models.append(HybridLMForCausalLM(c, backend).eval())
         generate(models[-1], 0, min(prompt, 64), min(new, 4), 1)  # warms up
     least = [float("inf")] * 2
     for turn in range(turns):

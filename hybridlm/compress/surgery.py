@@ -96,8 +96,11 @@ def smaller_config(config: HybridLMConfig, kept: Kept) -> HybridLMConfig:
     return HybridLMConfig(**values)
 
 
-def prune(model: HybridLMForCausalLM, kept: Kept) -> HybridLMForCausalLM:
+def prune(model: HybridLMForCausalLM, kept: Kept, backend: str = "auto") -> HybridLMForCausalLM:
     """A model of `kept` alone, in the dtype and on the device of `model`, with which it shares no weight.
+
+    Args:
+        backend: of its operators, as in `from_pretrained`.
 
     Raises:
         ValueError: as `smaller_config`.
@@ -122,7 +125,7 @@ def prune(model: HybridLMForCausalLM, kept: Kept) -> HybridLMForCausalLM:
                 cut = whole[rows] if columns is None else whole[rows][:, columns]
                 tensors[f"{after}mixer.{name}"] = cut * factors.get(name.split(".")[0], 1)
     with torch.device("meta"):
-        small = HybridLMForCausalLM(config)
+        small = HybridLMForCausalLM(config, backend)
     small.load_state_dict({name: tensor.to(model.device) for name, tensor in tensors.items()}, assign=True)
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.train(model.training)

@@ -5,6 +5,7 @@ from hybridlm.compress import latency
 from hybridlm.compress.latency import Layer, Seconds, estimate, layers_of, measure, needed
 from hybridlm.compress.search import LAYERS, shape_of
 from hybridlm.compress.surgery import PARTS
+from hybridlm.timing import generate
 
 CPU = torch.device("cpu")
 SMALLER = {"attention_layers": 0, "mamba_num_heads": 4, "num_key_value_heads": 2, "intermediate_size": 11, "hidden_size": 18}
@@ -79,6 +80,13 @@ def test_layers_that_differ_in_what_the_rest_takes(parent_config):
     assert estimate(shape, measured) == 7 + 1.0
 
 
-def test_a_request_is_really_made(parent_config):
-    found = measure(parent_config(), Layer("M", 4, 24), 5, 2, 1, CPU)
-    assert 2 * found.layer + found.rest > 0
+def test_a_request_is_really_made(parent_config, monkeypatch):
+    asked = []
+
+    def watched(model, *request):
+        asked.append(model.ops.backends["ssd"])
+        return generate(model, *request)
+
+    monkeypatch.setattr(latency, "generate", watched)
+    found = measure(parent_config(), Layer("M", 4, 24), 5, 2, 1, CPU, "naive")
+    assert 2 * found.layer + found.rest > 0 and asked == ["naive"] * 4

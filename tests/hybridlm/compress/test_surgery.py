@@ -110,6 +110,7 @@ def test_all_of_a_model_is_a_copy_of_it(parent):
     model = parent().train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     twin = prune(model, everything_kept())
+    assert prune(model, everything_kept(), "naive").ops.backends["ssd"] == "naive" != twin.ops.backends["ssd"]
     assert twin.training and not prune(model.eval(), everything_kept()).training
     assert all(p.requires_grad for p in twin.parameters())
     assert before.keys() == twin.state_dict().keys() and all(t.equal(before[name]) for name, t in twin.state_dict().items())
