@@ -62,6 +62,7 @@ def test_the_axes_of_the_grid(parent_config, tiny_config):
     assert default_axis(tiny_config(hybrid_override_pattern="M-", intermediate_size=20), "attention_layers") == [0]
     assert default_axis(tiny_config(intermediate_size=20), "intermediate_size") == [20, 16]
     assert default_axis(tiny_config(num_key_value_heads=1), "num_key_value_heads") == [1]
+    assert default_axis(parent_config(), "mamba_num_heads") == [8, 6, 4]
 
 
 def test_a_grid_that_does_not_fit(parent_config):
