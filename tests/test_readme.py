@@ -24,6 +24,11 @@ SHORT = (
     "--model.config configs/model/tiny.yaml --data.seq_len 32 --train.steps 2 --train.global_batch 2 --train.val_sequences 2 "
     "--log.sample_tokens 4 --data.cache_dir cache"
 )
+SMALL_SEARCH = (
+    " --compress.compare [] --compress.distilled 1 --compress.prompt 64 --compress.new 2 --compress.turns 1 --compress.scored 2 "
+    "--compress.timed 1 --compress.min_speedup null --compress.mamba_num_heads null --compress.intermediate_size null "
+    "--compress.layer_samples 2 --compress.part_samples 2 --compress.score_samples 2 --distill.hidden_weight 0"
+)
 # What a command gets added; the first rule that it begins with counts.
 RULES = [
     (
@@ -33,6 +38,7 @@ RULES = [
     ("python -m train tokenizer", ""),
     ("python -m train prepare", ""),
     ("python -m train status", ""),
+    ("python -m train compress", SHORT.replace("--model.config configs/model/tiny.yaml", "") + SMALL_SEARCH),
     ("python -m train", SHORT),
     ("torchrun --nproc_per_node 2 -m train", SHORT + " --data.source my-text.txt"),
     ("accelerate launch -m train", SHORT + " --data.source my-text.txt"),
