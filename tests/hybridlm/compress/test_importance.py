@@ -112,7 +112,8 @@ def hooks(model):
 def test_nothing_is_left_behind(parent, draw_ids):
     model, good = parent(), rows(draw_ids(2, 5))
     before, whole = hooks(model), model(**good).logits
-    measure(model, [good], [good])
+    found = measure(model, [good], [good])
+    assert not any(t.requires_grad for t in [found.layers, found.channels, *found.parts])
     with pytest.raises(ValueError, match="token id 61 is outside"):
         measure(model, [good], [good, rows(torch.tensor([[61]]))])
     assert hooks(model) == before

@@ -253,8 +253,9 @@ def test_uniform_cuts(heads, share, tiny_config):
 def test_a_uniform_cut_to_the_parents_size_is_the_parent(parent_config):
     config, importance = parent_config(), draw(parent_config())
     for cut in (uniform_depth, uniform_width):
-        kept = cut(config, importance, count_parameters(config))
-        assert smaller_config(config, kept).to_dict() == config.to_dict()
+        for asked in (count_parameters(config), 2 * count_parameters(config)):
+            kept = cut(config, importance, asked)
+            assert smaller_config(config, kept).to_dict() == config.to_dict()
 
 
 def test_uniform_cuts_that_there_are_not(parent_config):
