@@ -21,7 +21,7 @@ from train.compress_config import CompressConfig, training
 from train.compress_report import write_report
 from train.compress_search import Found, Row, Work, best_candidates, open_work, side_by_side, weigh
 from train.config import Model, RunConfig, dump
-from train.run import changes, last_line, lock
+from train.run import changes, last_line, lock, refuse_foreign
 from train.trainings import train_all
 
 PHASES = ("importance", "search", "short distillation", "training", "evaluation")
@@ -64,8 +64,10 @@ def compress(config: CompressConfig, launcher: str | None = None) -> None:
     """
     quiet()
     with lock(Path(config.run_dir)):
-        claim(config)
+        check(config)
         work = open_work(config)
+        if not (work.folder / "config.yaml").exists():
+            files.replace_text(work.folder / "config.yaml", dump(config))
         with work.phase("importance"):
             importance = weigh(work)
         with work.phase("search"):
@@ -89,22 +91,19 @@ def compress(config: CompressConfig, launcher: str | None = None) -> None:
     print(f"done: {work.folder / 'model'}\nreport: {work.folder / 'report' / 'index.html'}")
 
 
-def claim(config: CompressConfig) -> None:
-    """Makes the directory that of this compression.
-
-    Raises:
-        ValueError: it is of another one, or of something else.
+def check(config: CompressConfig) -> None:
     """
+    Raises:
+        ValueError: the directory is of another compression, or of something else.
+    """
+    refuse_foreign(config)
     folder = Path(config.run_dir)
-    file = folder / "config.yaml"
-    if file.exists() and (changed := changes(config)):
+    if (folder / "config.yaml").exists() and (changed := changes(config)):
         raise ValueError(
             f"run_dir {folder} holds a compression with other settings:\n"
             + "".join(f"  {line}\n" for line in changed)
             + "Choose another with --run_dir."
         )
-    if not file.exists():
-        files.replace_text(file, dump(config))
 
 
 def distil_shortly(work: Work, found: list[Found], launcher: str | None) -> Found:

@@ -85,7 +85,7 @@ def axes(config: Compress, parent: HybridLMConfig) -> dict[str, list[int]]:
 
 def budget(config: Compress, parent: HybridLMConfig) -> Budget:
     """What the settings leave, in numbers."""
-    unlimited = Budget(None, None, config.context, config.weight_bits, config.cache_bits)
+    unlimited = Budget(context=config.context, weight_bits=config.weight_bits, cache_bits=config.cache_bits)
 
     def limit(asked: float | None, of_parent: float) -> float | None:
         return asked * of_parent if asked is not None and asked <= 1 else asked

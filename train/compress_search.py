@@ -18,7 +18,7 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.compress import latency
 from hybridlm.compress.agreement import predict, score
 from hybridlm.compress.importance import Importance, measure
-from hybridlm.compress.search import Candidate, Shape, candidates, check_axes, grid, most_important, shape_of
+from hybridlm.compress.search import Candidate, Shape, candidates, grid, most_important, shape_of, within_budget
 from hybridlm.compress.surgery import Kept, check_kinds, prune
 from hybridlm.data.blend import Blend
 from hybridlm.data.shards import Shards
@@ -142,7 +142,9 @@ def open_work(config: CompressConfig) -> Work:
     place = Path(fetch(config.model.init_from)).expanduser()
     shape = HybridLMConfig.from_pretrained(place)
     check_kinds(shape)
-    check_axes(shape, axes(c, shape))
+    if "uniform" in c.compare and "-" not in shape.hybrid_override_pattern:
+        raise ValueError("compress.compare: uniform cuts are made to size by FFN neurons, and the parent has none.")
+    within_budget(shape, axes(c, shape), budget(c, shape))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parent = HybridLMForCausalLM.from_pretrained(place, backend=config.ops.backend).to(device).eval()
     tokenizer = open_tokenizer(config, None)

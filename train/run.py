@@ -68,12 +68,8 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
         ValueError: the directory is of another run, or of something else; `resume` names no checkpoint.
     """
     run_dir = Path(config.run_dir)
-    file = run_dir / "config.yaml"
-    # Tokenised data may be kept in there too.
-    cache = os.path.relpath(os.path.expanduser(config.data.cache_dir), run_dir).split(os.sep)[0]
-    if not file.exists() and run_dir.exists() and {path.name for path in run_dir.iterdir()} - TRACES - {cache}:
-        raise ValueError(f"run_dir {run_dir}: it exists and is no run directory; choose another with --run_dir.")
-    if file.exists():
+    refuse_foreign(config)
+    if (run_dir / "config.yaml").exists():
         if resume == "never":
             raise ValueError(f"run_dir {run_dir} already holds a run, and --resume is never. Choose another with --run_dir.")
         changed = changes(config)
@@ -96,6 +92,19 @@ def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | N
     return Path(resume)
 
 
+def refuse_foreign(config: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: the directory holds something, and no run.
+    """
+    run_dir = Path(config.run_dir)
+    # Tokenised data may be kept in there too.
+    cache = os.path.relpath(os.path.expanduser(config.data.cache_dir), run_dir).split(os.sep)[0]
+    there = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if "config.yaml" not in there and there - TRACES - {cache}:
+        raise ValueError(f"run_dir {run_dir}: it exists and is no run directory; choose another with --run_dir.")
+
+
 def changes(config: RunConfig) -> list[str]:
     """A line for each setting in which the directory's run differs; its own place does not count.
 
@@ -103,7 +112,7 @@ def changes(config: RunConfig) -> list[str]:
     """
     before = load_yaml(Path(config.run_dir) / "config.yaml")
     with suppress(ValueError):  # what cannot be read any more is compared as it stands
-        before = parse_yaml(dump(parse(before)))
+        before = parse_yaml(dump(parse(before, type(config))))
     return [line for line in differences(before, parse_yaml(dump(config))) if not line.startswith("run_dir:")]
 
 

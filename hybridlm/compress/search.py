@@ -172,7 +172,21 @@ def candidates(
     most: int,
     seconds: Callable[[Shape], float] = lambda shape: 0.0,
 ) -> tuple[list[Candidate], dict[str, int]]:
-    """The `most` candidates within the budget that are thought to lose least, and how many there are of what.
+    """The `most` candidates within the budget that are thought to lose least, and how many there are of what; else as
+    `within_budget`."""
+    within, of_grid = within_budget(config, axes, budget, seconds)
+    lost = cache(partial(lost_share, config, importance))
+    found = sorted((Candidate(shape, damage(config, importance, shape, lost)) for shape in within), key=lambda one: one.damage)
+    return found[:most], {"grid": of_grid, "within_budget": len(within), "scored": min(most, len(found))}
+
+
+def within_budget(
+    config: HybridLMConfig,
+    axes: Mapping[str, list[int]],
+    budget: Budget,
+    seconds: Callable[[Shape], float] = lambda shape: 0.0,
+) -> tuple[list[Shape], int]:
+    """The shapes of the grid that keep to the budget, and how many it has besides the parent's own.
 
     Args:
         seconds: what a request is thought to take a shape.
@@ -189,9 +203,7 @@ def candidates(
     within = [shape for shape in shapes if budget.admits(counted(config, shape)) and seconds(shape) <= limit]
     if not within:
         raise ValueError(unreachable(config, shapes, budget, seconds))
-    lost = cache(partial(lost_share, config, importance))
-    found = sorted((Candidate(shape, damage(config, importance, shape, lost)) for shape in within), key=lambda one: one.damage)
-    return found[:most], {"grid": len(shapes), "within_budget": len(within), "scored": min(most, len(found))}
+    return within, len(shapes)
 
 
 def counted(config: HybridLMConfig, shape: Shape) -> HybridLMConfig:
@@ -268,8 +280,7 @@ def uniform_width(config: HybridLMConfig, importance: Importance, parameters: in
         shape = full | {axis: max(1, round(full[axis] * share)) for axis in (*PARTS.values(), "hidden_size")}
         shape["mamba_num_heads"] = max(1, round(full["mamba_num_heads"] / config.n_groups * share)) * config.n_groups
         if (count := most_neurons(config, shape, parameters)) >= 1:
-            neurons = {"intermediate_size": min(count, full["intermediate_size"])}
-            fitting.append((abs(count / full["intermediate_size"] - share), shape | neurons))
+            fitting.append((abs(count / full["intermediate_size"] - share), shape | {"intermediate_size": count}))
     if not fitting:
         raise ValueError(f"no model of one width has {parameters:,} parameters or fewer.")
     return most_important(config, importance, min(fitting, key=itemgetter(0))[1])

@@ -101,7 +101,7 @@ def test_one_command_gives_a_student_and_what_it_kept(settings, trained, run_mai
             summary["student"][key] for key in ("parameters", "request_seconds")
         }
     for name in ("uniform depth + distilled", "uniform width + distilled"):
-        assert 0.95 * summary["student"]["parameters"] < summary["models"][name]["parameters"] <= summary["student"]["parameters"]
+        assert 0.75 * summary["student"]["parameters"] < summary["models"][name]["parameters"] <= summary["student"]["parameters"]
     assert (tmp_path / "run" / "model").readlink() == Path("runs/distilled/model")
     assert HybridLMForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() == summary["student"]["parameters"]
     assert (tmp_path / "run" / "report" / "index.html").exists() and "pruned + distilled" in out
@@ -189,6 +189,20 @@ def test_another_compression_is_not_overwritten(settings, trained, run_main, tmp
     assert compress(settings(compress={"compare": []}), run_main)[0] == 0
     status, _, err = compress(settings(compress={"compare": [], "scored": 5}), run_main)
     assert status == 2 and "compress.scored: 6 -> 5" in err
+
+
+def test_a_folder_of_something_else_is_left_alone(settings, run_main, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    status, _, err = compress(settings(), run_main)
+    assert status == 2 and "it exists and is no run directory" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_what_was_refused_leaves_nothing_and_can_be_asked_for_again(settings, trained, run_main, tmp_path):
+    assert compress(settings(compress={"max_parameters": 1000}), run_main)[0] == 2
+    assert not (tmp_path / "run").exists()
+    assert compress(settings(compress={"compare": []}), run_main)[0] == 0
 
 
 def test_none_that_is_fast_enough(settings, trained, run_main, tmp_path, monkeypatch):
