@@ -12,7 +12,7 @@ from eval.models import broken_part, is_ours, is_out_of_memory, logits_in_pieces
 from eval.workers import peak_memory, resident
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.output import quiet
-from hybridlm.timing import generate
+from hybridlm.timing import generate, request_dtype
 
 FIT: Literal["fit"] = "fit"
 Batch = int | Literal["fit"]
@@ -44,7 +44,7 @@ def prepare(
     global _model
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = request_dtype(device)
     warm_up(device)
     before = held(device)
     with memory_errors():

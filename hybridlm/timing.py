@@ -13,6 +13,11 @@ from hybridlm.cache import HybridCache
 CACHES = ("past_key_values", "cache_params")  # what transformers' models call theirs
 
 
+def request_dtype(device: torch.device) -> torch.dtype:
+    """That of the weights of a model that is timed: as it would be served."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 @torch.inference_mode()
 def generate(model: Any, seed: int, prompt: int, new: int, batch: int) -> dict[str, Any]:
     """One request, greedy, on random tokens; no end of text ends it.

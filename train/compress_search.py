@@ -26,7 +26,7 @@ from hybridlm.journal import Journal, identity
 from hybridlm.output import write_json
 from hybridlm.scoring import Window, batch_arrays
 from hybridlm.strict_yaml import parse_yaml
-from hybridlm.timing import generate
+from hybridlm.timing import generate, request_dtype
 from hybridlm.twin import count_parameters
 from train import files
 from train.compress_config import CompressConfig, axes, budget
@@ -116,7 +116,7 @@ class Work:
             for turn in range(c.turns):
                 for name, build in models.items():
                     if (key := f"{told} {turn}: {name}") not in self.journal.results:
-                        model = build()
+                        model = build().to(request_dtype(self.parent.device))  # type: ignore[arg-type]
                         generate(model, turn, min(c.prompt, 64), min(c.new, 4), 1)  # warms up
                         self.journal.keep(key, generate(model, turn, c.prompt, c.new, 1)["total"])
                     bar.update()
@@ -188,7 +188,8 @@ def best_candidates(work: Work, importance: Importance) -> list[Found]:
         return most_important(work.shape, importance, shape)
 
     def build(shape: Shape) -> HybridLMForCausalLM:
-        return parent if shape == whole else prune(parent, kept(shape), work.config.ops.backend)
+        """Never the parent itself: for a request it may be narrowed."""
+        return prune(parent, kept(shape), work.config.ops.backend)
 
     def scored(one: Candidate) -> tuple[Shape, Row]:
         model = build(one.shape)

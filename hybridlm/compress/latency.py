@@ -12,7 +12,7 @@ from hybridlm.compress.search import LAYERS, Shape
 from hybridlm.compress.surgery import PARTS
 from hybridlm.configuration import HybridLMConfig
 from hybridlm.modeling import HybridLMForCausalLM
-from hybridlm.timing import generate
+from hybridlm.timing import generate, request_dtype
 
 
 class Layer(NamedTuple):
@@ -53,7 +53,8 @@ def measure(
         setattr(c, PARTS[layer.symbol], layer.size)
         c.num_attention_heads = c.num_key_value_heads * per_group
         with device:
-            models.append(HybridLMForCausalLM(c, backend).eval())
+            model = HybridLMForCausalLM(c, backend)
+        models.append(model.to(request_dtype(device)).eval())  # type: ignore[arg-type]
         generate(models[-1], 0, min(prompt, 64), min(new, 4), 1)  # warms up
     least = [float("inf")] * 2
     for turn in range(turns):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,49 +32,61 @@ def parent(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("parent"), WIDER, num_attention_heads=4, num_key_value_heads=2)
 
 
+def write_settings(folder, parent, text_folder, **changes) -> Path:
+    """The file of a compression whose sections are changed by keyword."""
+    values = {
+        "run_dir": str(folder / "run"),
+        "model": {"init_from": str(parent)},
+        "data": {"source": str(text_folder), "seq_len": 32, "cache_dir": str(folder / "cache")},
+        "compress": {
+            "max_parameters": 0.8, "prompt": 40, "new": 2, "context": 64, "turns": 1, "layer_samples": 4, "part_samples": 8,
+            "score_samples": 4, "scored": 6, "timed": 3, "distilled": 2, "short_steps": 1, "intermediate_size": [32, 24, 16, 8],
+            "compare": ["cross-entropy"],
+        },
+        "optim": {"lr": 1e-2},
+        "train": {"steps": 3, "global_batch": 2, "val_sequences": 4},
+        "log": {"sample_tokens": 0},
+    }  # fmt: skip
+    for section, change in changes.items():
+        values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+    file = folder / "compress.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
 @pytest.fixture
 def settings(parent, text_folder, tmp_path):
-    """The file of a compression whose sections are changed by keyword."""
+    return partial(write_settings, tmp_path, parent, text_folder)
 
-    def write(**changes) -> Path:
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"init_from": str(parent)},
-            "data": {"source": str(text_folder), "seq_len": 32, "cache_dir": str(tmp_path / "cache")},
-            "compress": {
-                "max_parameters": 0.8, "prompt": 40, "new": 2, "context": 64, "turns": 1, "layer_samples": 4, "part_samples": 8,
-                "score_samples": 4, "scored": 6, "timed": 3, "distilled": 2, "short_steps": 1,
-                "intermediate_size": [32, 24, 16, 8],
-            },
-            "optim": {"lr": 1e-2},
-            "train": {"steps": 3, "global_batch": 2, "val_sequences": 4},
-            "log": {"sample_tokens": 0},
-        }  # fmt: skip
-        for section, change in changes.items():
-            values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
-        file = tmp_path / "compress.yaml"
-        file.write_text(yaml.safe_dump(values))
-        return file
 
-    return write
+def train_all_here(calls, runs):
+    calls.append([Path(run.run_dir).name for run in runs])
+    for run in runs:
+        if not (Path(run.run_dir) / "model").exists():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            train_here(parse(parse_yaml(dump(run))))
 
 
 @pytest.fixture
 def trained(monkeypatch, request):
     """Trainings in this process; the run directories of each call, which this gives. No report but where one is looked at."""
     calls = []
+    monkeypatch.setattr("train.compress.train_all", lambda runs, told, launcher=None: train_all_here(calls, runs))
     if request.node.name != "test_one_command_gives_a_student_and_what_it_kept":
         monkeypatch.setattr("train.compress.write_report", lambda folder: None)
-
-    def train_all(runs, told, launcher=None):
-        calls.append([Path(run.run_dir).name for run in runs])
-        for run in runs:
-            if not (Path(run.run_dir) / "model").exists():
-                AcceleratorState._reset_state(reset_partial_state=True)
-                train_here(parse(parse_yaml(dump(run))))
-
-    monkeypatch.setattr("train.compress.train_all", train_all)
     return calls
+
+
+@pytest.fixture(scope="module")
+def done(parent, text_folder, tmp_path_factory):
+    """The folder of a compression that nothing interrupted, and the file of its settings."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = write_settings(folder, parent, text_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.compress.train_all", lambda runs, told, launcher=None: train_all_here([], runs))
+        patch.setattr("train.compress.write_report", lambda folder: None)
+        assert main(["compress", "--config", str(file)]) == 0
+    return folder / "run", file
 
 
 def compress(file, run_main, *arguments):
@@ -85,7 +98,7 @@ def read(tmp_path, name="summary.json"):
 
 
 def test_one_command_gives_a_student_and_what_it_kept(settings, trained, run_main, tmp_path, parent):
-    file = settings()
+    file = settings(compress={"compare": ["parent", "cross-entropy", "scratch", "uniform"]})
     status, out, err = compress(file, run_main)
     assert status == 0, err
     summary, search = read(tmp_path), read(tmp_path, "search.json")
@@ -118,23 +131,22 @@ def test_one_command_gives_a_student_and_what_it_kept(settings, trained, run_mai
     assert read(tmp_path)["models"] == summary["models"]
 
 
-def test_what_comes_out_is_an_ordinary_folder(settings, trained, run_main, tmp_path):
-    assert compress(settings(compress={"compare": []}), run_main)[0] == 0
-    pruned = read(tmp_path)["models"]["pruned"]["folder"]
-    for folder in (tmp_path / "run" / "model", pruned):
+def test_what_comes_out_is_an_ordinary_folder(done, run_main):
+    run, _ = done
+    models = json.loads((run / "summary.json").read_text())["models"]
+    assert list(models) == ["parent", "pruned", "pruned + distilled", "pruned + cross-entropy"]
+    for folder in (run / "model", models["pruned"]["folder"]):
         assert run_main(hybridlm.__main__.main, "verify", folder, "--tokens", "40")[0] == 0
-    assert list(read(tmp_path)["models"]) == ["parent", "pruned", "pruned + distilled"]
 
 
-CUTS = {"measure": 1, "score": 3, "generate": 4, "predict": 2, "prune": 2}
+CUTS = {"measure": 1, "score": 3, "generate": 4, "prune": 2}
 
 
 @pytest.mark.parametrize("where", [*CUTS, "train"])
-def test_cut_off_anywhere_it_goes_on_to_the_same_result(where, settings, trained, run_main, tmp_path, monkeypatch):
-    file, calls = settings(compress={"compare": ["cross-entropy"]}), []
+def test_cut_off_anywhere_it_goes_on_to_the_same_result(where, done, settings, trained, run_main, tmp_path, monkeypatch):
+    file, calls = settings(), []
     with monkeypatch.context() as patch:
-        home = sys.modules[__name__] if where == "train" else train.compress_search
-        name = {"train": "train_here"}.get(where, where)
+        home, name = (sys.modules[__name__], "train_here") if where == "train" else (train.compress_search, where)
         whole = getattr(home, name)
 
         def cut_off(*args, **kwargs):
@@ -147,10 +159,7 @@ def test_cut_off_anywhere_it_goes_on_to_the_same_result(where, settings, trained
         status, _, err = compress(file, run_main)
         assert status == 1 and "the same command goes on" in err
     assert compress(file, run_main)[0] == 0
-    cut = found(tmp_path / "run")
-    file.write_text(file.read_text().replace(str(tmp_path / "run"), str(tmp_path / "whole")))
-    assert compress(file, run_main)[0] == 0
-    assert cut == found(tmp_path / "whole")
+    assert found(tmp_path / "run") == found(done[0])
 
 
 def found(run):
@@ -185,10 +194,11 @@ def test_a_parent_with_other_kinds_of_layer_is_told_which(settings, run_main, tm
     assert status == 2 and "'l' LSTM, 'E' mixture of experts" in err
 
 
-def test_another_compression_is_not_overwritten(settings, trained, run_main, tmp_path):
-    assert compress(settings(compress={"compare": []}), run_main)[0] == 0
-    status, _, err = compress(settings(compress={"compare": [], "scored": 5}), run_main)
-    assert status == 2 and "compress.scored: 6 -> 5" in err
+def test_another_compression_is_not_overwritten(done, run_main):
+    run, file = done
+    before = (run / "summary.json").read_bytes()
+    status, _, err = run_main(main, "compress", "--config", file, "--compress.scored", "5")
+    assert status == 2 and "compress.scored: 6 -> 5" in err and (run / "summary.json").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_left_alone(settings, run_main, tmp_path):
