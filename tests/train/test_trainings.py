@@ -1,0 +1,116 @@
+"""Trainings in processes of their own, by a stand-in that is started in the place of Python and needs no model."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import SHAPE
+from train import trainings
+from train.config import parse
+from train.trainings import is_done, train_all
+
+# Trains as the file `what` beside the settings says, and writes down that it began, was asked to stop, and ended.
+STAND_IN = """
+import json, os, pathlib, signal, sys, time, yaml
+
+file = pathlib.Path(sys.argv[-1])
+assert sys.argv[1:-1] == ["-m", "train", "--config"]
+settings = yaml.safe_load(file.read_text())
+run, steps = pathlib.Path(settings["run_dir"]), settings["train"]["steps"]
+what = (file.parent / "what").read_text()
+
+def say(word):
+    with open(file.parent / "said", "a") as out:
+        out.write(f"{word} {run.name}\\n")
+
+def stop(*_):
+    say("stopped")
+    sys.exit()
+
+signal.signal(signal.SIGTERM, stop)
+say("began")
+print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+if what == "fail":
+    sys.exit("no luck")
+if what == "wait":
+    time.sleep(60)
+if what == "leave":
+    stop()
+(run / "checkpoints" / f"step-{steps}" / "model").mkdir(parents=True)
+(run / "metrics.jsonl").write_text(json.dumps({"step": steps, "val_loss": 1.0}) + "\\n")
+(run / "model").symlink_to(f"checkpoints/step-{steps}/model")
+say("ended")
+"""
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two, of 3 and 5 steps."""
+
+    def run(name: str, steps: int):
+        values = {"run_dir": str(tmp_path / "runs" / name), "model": {"config": SHAPE}, "train": {"steps": steps}}
+        return parse(values)
+
+    return [run("first", 3), run("second", 5)]
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """What trains as it is told; and what it has said so far."""
+    script, folder = tmp_path / "stand-in.py", tmp_path / "runs"
+    script.write_text(STAND_IN)
+    folder.mkdir()
+    monkeypatch.setattr(trainings, "POLL", 0.01)
+
+    def tell(what: str) -> str:
+        (folder / "what").write_text(what)
+        return f"{sys.executable} {script}"
+
+    return tell
+
+
+def said(tmp_path) -> list[str]:
+    file = tmp_path / "runs" / "said"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_with_a_launcher_one_comes_after_the_other_and_what_is_done_is_not_done_again(runs, launcher, tmp_path):
+    train_all(runs[:1], "training", launcher("train"))
+    assert said(tmp_path) == ["began first", "ended first"] and is_done(runs[0])
+    train_all(runs, "training", launcher("train"))
+    train_all(runs, "training", launcher("train"))
+    assert said(tmp_path) == ["began first", "ended first", "began second", "ended second"]
+
+
+def test_a_failure_names_the_log(runs, launcher, tmp_path):
+    with pytest.raises(ChildProcessError, match=r"training .*runs/first failed; .*runs/first\.log says why"):
+        train_all(runs, "training", launcher("fail"))
+    assert said(tmp_path) == ["began first"] and "no luck" in (tmp_path / "runs" / "first.log").read_text()
+    train_all(runs, "training", launcher("train"))
+    assert all(map(is_done, runs))
+
+
+def test_interrupted_it_stops_the_training_at_work_and_goes_on_when_called_again(runs, launcher, tmp_path):
+    def interrupt():
+        while "began first" not in said(tmp_path):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_all(runs, "training", launcher("wait"))
+    assert said(tmp_path) == ["began first", "stopped first"]
+    train_all(runs, "training", launcher("train"))
+    assert said(tmp_path)[2:] == ["began first", "ended first", "began second", "ended second"]
+
+
+def test_one_that_was_stopped_from_elsewhere_is_not_taken_for_done(runs, launcher, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match=r"first, .*second stopped before the end"):
+        train_all(runs, "training", launcher("leave"))
+    assert said(tmp_path) == ["began first", "stopped first", "began second", "stopped second"]
