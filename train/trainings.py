@@ -67,6 +67,7 @@ def steps_done(run: RunConfig) -> int:
 
 
 def is_done(run: RunConfig) -> bool:
-    """Its last validation comes before its last checkpoint, which the link then points at."""
-    link = Path(run.run_dir) / "model"
-    return link.exists() and link.resolve().parent.name == f"step-{run.train.steps}"
+    """It has its last checkpoint and its last validation: without the second it was stopped between the two."""
+    link, line = Path(run.run_dir) / "model", last_line(Path(run.run_dir) / "metrics.jsonl", "val_loss")
+    last = link.exists() and link.resolve().parent.name == f"step-{run.train.steps}"
+    return last and line is not None and line["step"] == run.train.steps

@@ -114,3 +114,11 @@ def test_one_that_was_stopped_from_elsewhere_is_not_taken_for_done(runs, launche
     with pytest.raises(KeyboardInterrupt, match=r"first, .*second stopped before the end"):
         train_all(runs, "training", launcher("leave"))
     assert said(tmp_path) == ["began first", "stopped first", "began second", "stopped second"]
+
+
+def test_one_that_was_stopped_in_its_last_validation_is_not_done(runs, launcher, tmp_path):
+    """It has its last checkpoint, and the loss is of an earlier step."""
+    train_all(runs, "training", launcher("train"))
+    metrics = tmp_path / "runs" / "first" / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 0, "val_loss": 9.0}) + "\n" + json.dumps({"step": 3, "loss": 1.0}) + "\n")
+    assert [is_done(run) for run in runs] == [False, True]
