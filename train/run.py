@@ -161,9 +161,10 @@ def append(file: Path, line: dict) -> None:
 
 
 def last_line(file: Path, key: str) -> dict | None:
-    """The last line that has `key`."""
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return next((line for line in reversed(list(lines)) if key in line), None)
+    """The last line that has `key`; one that is not written to its end yet, or was cut off, does not count."""
+    texts = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = (json.loads(text) for text in reversed(texts) if text.endswith("\n"))
+    return next((line for line in lines if key in line), None)
 
 
 def drop_after(file: Path, step: int) -> None:

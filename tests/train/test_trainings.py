@@ -122,3 +122,10 @@ def test_one_that_was_stopped_in_its_last_validation_is_not_done(runs, launcher,
     metrics = tmp_path / "runs" / "first" / "metrics.jsonl"
     metrics.write_text(json.dumps({"step": 0, "val_loss": 9.0}) + "\n" + json.dumps({"step": 3, "loss": 1.0}) + "\n")
     assert [is_done(run) for run in runs] == [False, True]
+
+
+def test_a_line_of_metrics_that_is_being_written_is_not_looked_at(runs, tmp_path):
+    folder = Path(runs[0].run_dir)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert trainings.steps_done(runs[0]) == 2
