@@ -31,6 +31,9 @@ def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> 
     at_once = 1 if torch.cuda.is_available() or launcher else min(2, cores)
     waiting = deque(run for run in runs if not is_done(run))
     running: dict[str, subprocess.Popen] = {}
+    for run in waiting:
+        settings_file(run).parent.mkdir(parents=True, exist_ok=True)
+        settings_file(run).write_text(dump(run), encoding="utf-8")
     with tqdm(total=sum(run.train.steps for run in runs), desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
         try:
             while waiting or running:
@@ -51,13 +54,14 @@ def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> 
         raise KeyboardInterrupt(f"{', '.join(unfinished)} stopped before the end")
 
 
+def settings_file(run: RunConfig) -> Path:
+    return Path(f"{run.run_dir}.yaml")
+
+
 def start(run: RunConfig, threads: int, launcher: str | None) -> subprocess.Popen:
-    settings, output = (Path(f"{run.run_dir}.{ending}") for ending in ("yaml", "log"))
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(dump(run), encoding="utf-8")
     limited = {} if torch.cuda.is_available() or launcher else {"OMP_NUM_THREADS": str(threads)}
-    with output.open("a") as file:
-        command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings)]
+    with open(f"{run.run_dir}.log", "a") as file:
+        command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings_file(run))]
         return subprocess.Popen(command, env=os.environ | limited, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 

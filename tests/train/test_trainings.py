@@ -129,3 +129,9 @@ def test_a_line_of_metrics_that_is_being_written_is_not_looked_at(runs, tmp_path
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert trainings.steps_done(runs[0]) == 2
+
+
+def test_the_settings_of_all_are_there_from_the_start(runs, launcher, tmp_path):
+    with pytest.raises(ChildProcessError):
+        train_all(runs, "training", launcher("fail"))
+    assert [(tmp_path / "runs" / f"{name}.yaml").exists() for name in ("first", "second")] == [True, True]
