@@ -62,7 +62,7 @@ def start(run: RunConfig, threads: int, launcher: str | None) -> subprocess.Pope
     limited = {} if torch.cuda.is_available() or launcher else {"OMP_NUM_THREADS": str(threads)}
     with open(f"{run.run_dir}.log", "a") as file:
         command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings_file(run))]
-        return subprocess.Popen(command, env=os.environ | limited, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        return subprocess.Popen(command, env=limited | os.environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
 def steps_done(run: RunConfig) -> int:

@@ -135,3 +135,16 @@ def test_the_settings_of_all_are_there_from_the_start(runs, launcher, tmp_path):
     with pytest.raises(ChildProcessError):
         train_all(runs, "training", launcher("fail"))
     assert [(tmp_path / "runs" / f"{name}.yaml").exists() for name in ("first", "second")] == [True, True]
+
+
+@pytest.mark.parametrize("asked", [None, "7"])
+def test_threads_are_shared_out_but_where_the_environment_says_how_many(asked, runs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(trainings.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trainings.subprocess, "Popen", lambda command, env, **_: seen.append(env["OMP_NUM_THREADS"]))
+    Path(runs[0].run_dir).parent.mkdir(parents=True)
+    trainings.start(runs[0], 3, None)
+    assert seen == [asked or "3"]
