@@ -34,7 +34,8 @@ def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> 
     for run in waiting:
         settings_file(run).parent.mkdir(parents=True, exist_ok=True)
         settings_file(run).write_text(dump(run), encoding="utf-8")
-    with tqdm(total=sum(run.train.steps for run in runs), desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+    total, before = sum(run.train.steps for run in runs), sum(map(steps_done, runs))
+    with tqdm(total=total, initial=before, desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
