@@ -7,6 +7,7 @@ are cut out, scored and timed; a short distillation of the best few, and the who
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -47,11 +48,15 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(dump(config), end="")
         return 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else trainings would go on without this process
     try:
         compress(config, arguments.launcher)
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        why = f": {error}" if error.args else ""
+        print(f"interrupted{why}; what is finished is kept, and the same command goes on", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -1,9 +1,11 @@
 """The command as a whole, on a tiny parent; trainings run in this process."""
 
 import json
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -160,6 +162,17 @@ def test_cut_off_anywhere_it_goes_on_to_the_same_result(where, done, settings, t
         assert status == 1 and "the same command goes on" in err
     assert compress(file, run_main)[0] == 0
     assert found(tmp_path / "run") == found(done[0])
+
+
+def test_asked_to_end_it_stops_as_by_ctrl_c_and_says_which_training_did(settings, run_main, monkeypatch):
+    """Else the trainings would go on alone."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("train.compress.compress", lambda *_: signal.raise_signal(signal.SIGTERM))
+    status, _, err = compress(settings(), run_main)
+    assert status == 1 and err.startswith("interrupted; what is finished is kept")
+    monkeypatch.setattr("train.compress.compress", Mock(side_effect=KeyboardInterrupt("run X stopped before the end")))
+    assert compress(settings(), run_main)[2].startswith("interrupted: run X stopped before the end; what is")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def found(run):
