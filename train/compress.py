@@ -7,6 +7,7 @@ are cut out, scored and timed; a short distillation of the best few, and the who
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -64,10 +65,15 @@ def compress(config: CompressConfig, launcher: str | None = None) -> None:
     """All of it; what an earlier call has finished is not done again.
 
     Raises:
-        ValueError: no parent, one that cannot be pruned, a budget out of reach, a directory of something else.
+        ValueError: several processes, no parent, one that cannot be pruned, a budget out of reach, a directory of something else.
         ChildProcessError: a training failed.
     """
     quiet()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "compress works in one process and starts the trainings itself; start it without a launcher, and name that as "
+            "--launcher 'torchrun --nproc_per_node 8'."
+        )
     with lock(Path(config.run_dir)):
         check(config)
         work = open_work(config)

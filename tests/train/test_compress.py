@@ -201,6 +201,13 @@ def test_bad_input_is_told(case, settings, run_main, tmp_path):
     assert status == 2 and words in err
 
 
+def test_it_is_one_process(settings, run_main, tmp_path, monkeypatch):
+    """The others would wait for its directory, and the trainings for the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = compress(settings(), run_main)
+    assert status == 2 and "--launcher" in err and not (tmp_path / "run").exists()
+
+
 def test_a_parent_with_other_kinds_of_layer_is_told_which(settings, run_main, tmp_path):
     save_model(tmp_path / "other", WIDER, hybrid_override_pattern="MlE-")
     status, _, err = compress(settings(model={"init_from": str(tmp_path / "other")}), run_main)
