@@ -16,12 +16,19 @@ class Journal:
     Args:
         path: where the command will write its figures; None or "-" for none.
         command: what the results depend on (JSON): results of other settings are not taken for these.
+        remedy: what to do where there are such.
 
     Raises:
         ValueError: the file has results of a command with other settings, or is none of ours.
     """
 
-    def __init__(self, path: str | None, command: dict[str, Any]):
+    def __init__(
+        self,
+        path: str | None,
+        command: dict[str, Any],
+        remedy: str = "Finish that one, give another --json, or delete the file.",
+    ):
+        self.remedy = remedy
         self.results: dict[str, Any] = {}
         self.file = None if path in (None, "-") else Path(f"{path}{SUFFIX}")
         self.head = {"command": json.loads(json.dumps(command))}
@@ -37,10 +44,7 @@ class Journal:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file} has no results that can be read ({error!r}); delete the file.") from None
         if lines and lines[0] != self.head:
-            raise ValueError(
-                f"{self.file} has the results so far of a command with other settings. Finish that one, give another --json, or "
-                "delete the file."
-            )
+            raise ValueError(f"{self.file} has the results so far of a command with other settings. {self.remedy}")
         whole = text[: text.rfind("\n") + 1]  # the last line may be half written
         if whole != text:
             os.truncate(self.file, len(whole.encode()))

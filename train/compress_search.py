@@ -151,7 +151,10 @@ def open_work(config: CompressConfig) -> Work:
     stream, validation = open_data(config, tokenizer, parent.config.vocab_size, quiet=False)
     assert isinstance(stream, Blend)
     settings = parse_yaml(dump(config)) | {"run_dir": None, "parent": identity(str(place))}
-    return Work(config, place, parent, tokenizer, stream, validation, Journal(f"{config.run_dir}/search.json", settings))
+    # All else in the directory, what was cut out and trained too, is of what the parent was.
+    remedy = f"The files of {config.model.init_from} have changed since: bring them back, or choose another --run_dir."
+    journal = Journal(f"{config.run_dir}/search.json", settings, remedy)
+    return Work(config, place, parent, tokenizer, stream, validation, journal)
 
 
 def weigh(work: Work) -> Importance:

@@ -1,6 +1,8 @@
 """The command as a whole, on a tiny parent; trainings run in this process."""
 
 import json
+import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -15,11 +17,12 @@ import hybridlm.__main__
 import train.compress_search
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.memory import inference_bytes
-from hybridlm.strict_yaml import parse_yaml
+from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
 from tests.train.conftest import WIDER, save_model
 from train.__main__ import main
 from train.compress_config import CompressConfig, axes, budget, training
+from train.compress_search import open_work
 from train.config import Distill, Model, dump, parse
 from train.loop import train as train_here
 
@@ -219,6 +222,17 @@ def test_another_compression_is_not_overwritten(done, run_main):
     before = (run / "summary.json").read_bytes()
     status, _, err = run_main(main, "compress", "--config", file, "--compress.scored", "5")
     assert status == 2 and "compress.scored: 6 -> 5" in err and (run / "summary.json").read_bytes() == before
+
+
+def test_a_parent_that_has_changed_is_another_compression(settings, tmp_path, parent):
+    file = settings(model={"init_from": str(shutil.copytree(parent, tmp_path / "parent"))})
+    config = parse(load_yaml(file), CompressConfig)
+    (tmp_path / "run").mkdir()
+    open_work(config).journal.keep("score", 1.0)
+    assert open_work(config).journal.results == {"score": 1.0}
+    os.utime(tmp_path / "parent" / "model.safetensors", (1, 1))
+    with pytest.raises(ValueError, match=r"The files of .*/parent have changed since: .* another --run_dir"):
+        open_work(config)
 
 
 def test_a_folder_of_something_else_is_left_alone(settings, run_main, tmp_path):
