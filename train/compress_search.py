@@ -140,6 +140,8 @@ def open_work(config: CompressConfig) -> Work:
     if c.max_parameters is None and c.max_memory is None and c.min_speedup is None:
         raise ValueError("there is no limit to keep; set compress.max_parameters, compress.max_memory or compress.min_speedup.")
     place = Path(fetch(config.model.init_from)).expanduser()
+    while place.is_symlink():  # RUN/model of a run that goes on would be another model by the time of the trainings
+        place = place.parent / place.readlink()
     shape = HybridLMConfig.from_pretrained(place)
     check_kinds(shape)
     if "uniform" in c.compare and "-" not in shape.hybrid_override_pattern:

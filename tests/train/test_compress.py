@@ -21,6 +21,7 @@ from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
 from tests.train.conftest import WIDER, save_model
 from train.__main__ import main
+from train.compress import distillation
 from train.compress_config import CompressConfig, axes, budget, training
 from train.compress_search import open_work
 from train.config import Distill, Model, dump, parse
@@ -233,6 +234,13 @@ def test_a_parent_that_has_changed_is_another_compression(settings, tmp_path, pa
     os.utime(tmp_path / "parent" / "model.safetensors", (1, 1))
     with pytest.raises(ValueError, match=r"The files of .*/parent have changed since: .* another --run_dir"):
         open_work(config)
+
+
+def test_the_model_of_a_run_that_goes_on_stays_what_it_was(settings, tmp_path, parent):
+    (tmp_path / "model").symlink_to(parent)
+    (tmp_path / "link").symlink_to("model")
+    work = open_work(parse(load_yaml(settings(model={"init_from": str(tmp_path / "link")})), CompressConfig))
+    assert str(work.place) == distillation(work, "short", tmp_path).distill.teacher == parent
 
 
 def test_a_folder_of_something_else_is_left_alone(settings, run_main, tmp_path):
