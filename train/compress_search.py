@@ -136,7 +136,14 @@ def open_work(config: CompressConfig) -> Work:
     }  # fmt: skip
     if wrong := [name for name, given in unfit.items() if given]:
         raise ValueError(f"{', '.join(wrong)}: this does not go with a compression; leave it away.")
-    c = config.compress
+    c, train = config.compress, config.train
+    if train.precision == "fp8" and train.fp8_unfit == "stop" and "uniform" in c.compare:
+        raise ValueError(
+            "compress.compare: uniform cuts have sizes that do not divide by 16, at which train.precision: fp8 stops; leave "
+            "uniform out, or set train.fp8_unfit: bf16."
+        )
+    if config.distill.teacher is not None:
+        fetch(config.distill.teacher)
     if c.max_parameters is None and c.max_memory is None and c.min_speedup is None:
         raise ValueError("there is no limit to keep; set compress.max_parameters, compress.max_memory or compress.min_speedup.")
     place = Path(fetch(config.model.init_from)).expanduser()

@@ -194,6 +194,11 @@ BAD = {
     "more than there is": ({"compress": {"mamba_layers": [3]}}, "mamba_layers: give one or more of 0 to 2"),
     "streams": ({"data": {"streaming": True}}, "data.streaming"),
     "logits": ({"distill": {"logits": "somewhere"}}, "distill.logits"),
+    "sizes that FP8 does not take": (
+        {"train": {"precision": "fp8", "fp8_emulate": True}, "compress": {"compare": ["uniform"]}},
+        "train.fp8_unfit: bf16",
+    ),
+    "no such teacher": ({"distill": {"teacher": "./nowhere"}}, "there is no checkpoint folder ./nowhere"),
     "a misspelt setting": ({"compress": {"max_parameter": 0.5}}, "did you mean compress.max_parameters?"),
 }
 
