@@ -77,9 +77,9 @@ class Work:
             self.journal.keep(key, self.journal.results.get(key, 0.0) + time.perf_counter() - start)
 
     def windows(self, first: int, count: int, told: str) -> Iterator[dict[str, Tensor]]:
-        """Batches of training text that the distillation does not read: windows behind its last, from the `first` on."""
-        train = self.config.train
-        size, start = train.micro_batch or train.global_batch, train.steps * train.global_batch + first
+        """Batches of training text that no training reads: windows behind the last of the longest, from the `first` on."""
+        train, longest = self.config.train, max(self.config.train.steps, self.config.compress.short_steps)
+        size, start = train.micro_batch or train.global_batch, longest * train.global_batch + first
         with tqdm(total=count, desc=told, unit="window", leave=False) as bar:
             for i in range(start, start + count, size):
                 arrays = self.stream.batch(i, min(i + size, start + count))

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 
@@ -23,7 +25,7 @@ from tests.train.conftest import WIDER, save_model
 from train.__main__ import main
 from train.compress import distillation
 from train.compress_config import CompressConfig, axes, budget, training
-from train.compress_search import open_work
+from train.compress_search import Work, open_work
 from train.config import Distill, Model, dump, parse
 from train.loop import train as train_here
 
@@ -274,6 +276,16 @@ def test_none_that_is_fast_enough(settings, trained, run_main, tmp_path, monkeyp
     monkeypatch.setattr(train.compress_search.latency, "measure", lambda *_: (next(seconds, 0.0), 1.0))
     status, _, err = compress(settings(run_dir=str(tmp_path / "third"), compress={"min_speedup": 1.5}), run_main)
     assert status == 2 and "none of the 3 timed candidates is 1.5 times as fast as the parent; the quickest is 1.000 times" in err
+
+
+def test_what_candidates_are_scored_on_no_training_reads():
+    values = {"run_dir": "r", "model": {"init_from": "m"}, "data": {"source": "stdlib"}, "train": {"global_batch": 4, "steps": 9}}
+    asked = Mock(side_effect=lambda start, stop: {"input_ids": np.arange(start, stop)})
+    for short, first in ((3, 36), (20, 80)):
+        config = parse(values | {"compress": {"short_steps": short}}, CompressConfig)
+        work = Work(config, Path("m"), Mock(device="cpu"), Mock(), Mock(batch=asked), [], Mock())
+        read = torch.cat([batch["input_ids"] for batch in work.windows(5, 6, "")])
+        assert read.tolist() == [*range(first + 5, first + 11)]
 
 
 def test_limits_are_shares_of_the_parents_or_numbers(parent):
