@@ -152,7 +152,9 @@ def open_work(config: CompressConfig) -> Work:
     shape = HybridLMConfig.from_pretrained(place)
     check_kinds(shape)
     if "uniform" in c.compare and "-" not in shape.hybrid_override_pattern:
-        raise ValueError("compress.compare: uniform cuts are made to size by FFN neurons, and the parent has none.")
+        raise ValueError(
+            "compress.compare: uniform cuts are made to size by FFN neurons, and the parent has none; leave uniform out."
+        )
     within_budget(shape, axes(c, shape), budget(c, shape))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parent = HybridLMForCausalLM.from_pretrained(place, backend=config.ops.backend).to(device).eval()
@@ -221,7 +223,8 @@ def best_candidates(work: Work, importance: Importance) -> list[Found]:
         quickest = max(row["tokens_per_second"] for _, row in timed[1:]) / speed
         raise ValueError(
             f"none of the {len(timed) - 1} timed candidates is {c.min_speedup} times as fast as the parent; the quickest is "
-            f"{quickest:.3f} times. Lower compress.min_speedup, time more (compress.timed), or let the grid go further down."
+            f"{quickest:.3f} times. Lower compress.min_speedup, time more (compress.timed), or let the grid go further down, and "
+            "choose another --run_dir: this one is of these settings."
         )
     asked = {
         "parameters": limits.parameters, "memory_bytes": limits.memory,
