@@ -146,7 +146,7 @@ def open_work(config: CompressConfig) -> Work:
         fetch(config.distill.teacher)
     if c.max_parameters is None and c.max_memory is None and c.min_speedup is None:
         raise ValueError("there is no limit to keep; set compress.max_parameters, compress.max_memory or compress.min_speedup.")
-    place = Path(fetch(config.model.init_from)).expanduser()
+    place = Path(fetch(config.model.init_from))
     while place.is_symlink():  # RUN/model of a run that goes on would be another model by the time of the trainings
         place = place.parent / place.readlink()
     shape = HybridLMConfig.from_pretrained(place)

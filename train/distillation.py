@@ -196,7 +196,7 @@ def read_kept(config: RunConfig, student: HybridLMConfig, teacher: HybridLMConfi
         ValueError: pruning.json is missing where it is needed, or does not fit the two models.
     """
     begun, mine, theirs = config.model.init_from, student.hybrid_override_pattern, teacher.hybrid_override_pattern
-    file = None if begun is None else Path(fetch(begun)).expanduser() / PRUNING
+    file = None if begun is None else Path(fetch(begun)) / PRUNING
     if file is None or not file.exists():
         if len(mine) == len(theirs) and student.hidden_size == teacher.hidden_size:
             return Kept([*range(len(mine))], None)

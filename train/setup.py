@@ -110,8 +110,8 @@ def fetch(name: str) -> str:
         ValueError: there is no such folder, or it is none of a model.
     """
     check_folder(name)
-    local = Path(name).expanduser().exists()
-    return name if local else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+    local = Path(name).expanduser()
+    return str(local) if local.exists() else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
 
 
 def read_labels(config: RunConfig, start_from: Path | None, quiet: bool) -> list[str] | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hybridlm.data.packing import BestFit
 from hybridlm.data.streaming import Streamed
 from hybridlm.tokenizer import byte_tokenizer
-from train.setup import build_model, build_tokenizer, open_data
+from train.setup import build_model, build_tokenizer, fetch, open_data
 
 
 def test_the_model_takes_its_special_tokens_from_the_tokenizer(make_config):
@@ -47,6 +47,13 @@ def test_of_a_name_on_the_hub_weights_and_settings_are_fetched_and_no_code(make_
     begun = build_model(make_config(model__init_from="they/theirs"))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), begun.state_dict().values(), strict=True))
     assert not (tmp_path / "here/modeling_them.py").exists()
+
+
+def test_weights_and_teachers_may_be_in_the_home_folder(make_config, tmp_path, monkeypatch):
+    build_model(make_config()).save_pretrained(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch("~/mine") == str(tmp_path / "mine")
+    assert build_model(make_config(model={"init_from": "~/mine"})).config.hybrid_override_pattern == "M*-"
 
 
 def test_bytes_can_be_asked_for_where_the_weights_come_without_a_tokenizer(make_config, tmp_path):
