@@ -20,7 +20,6 @@ from hybridlm.output import quiet, table, write_json
 from train import files
 from train.command_line import parse_command_line, settings_parser
 from train.compress_config import CompressConfig, training
-from train.compress_report import write_report
 from train.compress_search import Found, Row, Work, best_candidates, open_work, side_by_side, weigh
 from train.config import Model, RunConfig, dump
 from train.run import changes, last_line, lock, refuse_foreign
@@ -93,6 +92,8 @@ def compress(config: CompressConfig, launcher: str | None = None) -> None:
             entries = side_by_side(work, places | {name: Path(run.run_dir) / "model" for name, run in runs.items()})
         write_summary(work, entries, runs)
         files.link(Path("runs") / "distilled" / "model", work.folder / "model")
+    from train.compress_report import write_report  # with matplotlib, for which no other job is to wait
+
     write_report(work.folder)
     rows = [
         ["", *COLUMNS],

@@ -81,7 +81,7 @@ def trained(monkeypatch, request):
     calls = []
     monkeypatch.setattr("train.compress.train_all", lambda runs, told, launcher=None: train_all_here(calls, runs))
     if request.node.name != "test_one_command_gives_a_student_and_what_it_kept":
-        monkeypatch.setattr("train.compress.write_report", lambda folder: None)
+        monkeypatch.setattr("train.compress_report.write_report", lambda folder: None)
     return calls
 
 
@@ -92,7 +92,7 @@ def done(parent, text_folder, tmp_path_factory):
     file = write_settings(folder, parent, text_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.compress.train_all", lambda runs, told, launcher=None: train_all_here([], runs))
-        patch.setattr("train.compress.write_report", lambda folder: None)
+        patch.setattr("train.compress_report.write_report", lambda folder: None)
         assert main(["compress", "--config", str(file)]) == 0
     return folder / "run", file
 
