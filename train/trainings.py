@@ -44,7 +44,9 @@ def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> 
                 time.sleep(POLL)
                 for name in [name for name, process in running.items() if process.poll() is not None]:
                     if running.pop(name).returncode:
-                        raise ChildProcessError(f"the training {name} failed; {name}.log says why.")
+                        raise ChildProcessError(
+                            f"the training {name} failed; {name}.log says why{last_error(Path(f'{name}.log'))}"
+                        )
                 bar.update(sum(map(steps_done, runs)) - bar.n)
         finally:
             for process in running.values():
@@ -64,6 +66,12 @@ def start(run: RunConfig, threads: int, launcher: str | None) -> subprocess.Pope
     with open(f"{run.run_dir}.log", "a") as file:
         command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings_file(run))]
         return subprocess.Popen(command, env=limited | os.environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+
+def last_error(log: Path) -> str:
+    """It may stand between the progress of another process: of a call that was killed, the training is still at work."""
+    _, found, text = log.read_text(errors="replace").rpartition("error: ")
+    return ": " + text.partition("\n")[0] if found else "."
 
 
 def steps_done(run: RunConfig) -> int:
