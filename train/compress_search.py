@@ -106,6 +106,8 @@ class Work:
             prune(self.parent, kept).save_pretrained(unfinished)
             self.tokenizer.save_pretrained(unfinished)
             kept.save(unfinished, str(self.place))
+            for path in (*unfinished.iterdir(), unfinished):  # to the disk, before the name says that it is there
+                files.sync(path)
             files.rename(unfinished, final)
         return final
 
@@ -161,9 +163,13 @@ def open_work(config: CompressConfig) -> Work:
     tokenizer = open_tokenizer(config, None)
     stream, validation = open_data(config, tokenizer, parent.config.vocab_size, quiet=False)
     assert isinstance(stream, Blend)
-    settings = parse_yaml(dump(config)) | {"run_dir": None, "parent": identity(str(place))}
-    # All else in the directory, what was cut out and trained too, is of what the parent was.
-    remedy = f"The files of {config.model.init_from} have changed since: bring them back, or choose another --run_dir."
+    texts: Row = {"training": stream.identity(config.train.steps * config.train.global_batch)}
+    texts["validation"] = [shards.meta["sha256"] for shards in validation]
+    settings = parse_yaml(dump(config)) | {"run_dir": None, "parent": identity(str(place)), "texts": texts}
+    # All else in the directory, what was cut out and trained too, is of what they were.
+    remedy = (
+        f"The files of {config.model.init_from} or the text have changed since: bring them back, or choose another --run_dir."
+    )
     journal = Journal(f"{config.run_dir}/search.json", settings, remedy)
     return Work(config, place, parent, tokenizer, stream, validation, journal)
 
@@ -176,6 +182,7 @@ def weigh(work: Work) -> Importance:
         texts = ((without_targets(batch) for batch in work.windows(0, count, told)) for told, count in both)
         unfinished = file.with_name(f".{file.name}.unfinished")
         measure(work.parent, *texts).save(unfinished)
+        files.sync(unfinished)
         files.rename(unfinished, file)
     return Importance.load(file)
 

@@ -239,7 +239,7 @@ def test_a_parent_that_has_changed_is_another_compression(settings, tmp_path, pa
     open_work(config).journal.keep("score", 1.0)
     assert open_work(config).journal.results == {"score": 1.0}
     os.utime(tmp_path / "parent" / "model.safetensors", (1, 1))
-    with pytest.raises(ValueError, match=r"The files of .*/parent have changed since: .* another --run_dir"):
+    with pytest.raises(ValueError, match=r"The files of .*/parent or the text have changed since: .* another --run_dir"):
         open_work(config)
 
 
