@@ -185,7 +185,7 @@ class Head(Linear):
         targets: Tensor | None = None,
         teacher: Teacher | None = None,
         temperature: float = 1.0,
-        label_weight: float = 0.0,
+        text_weight: float = 0.0,
     ) -> Tensor:
         """hidden (b t d) -> logits (b t v), or with `targets` (b t) the nats of every position (b t)."""
         if targets is None:
@@ -193,9 +193,9 @@ class Head(Linear):
         if teacher is None:
             return self.loss(hidden, self.weight, targets)
         distance = self.distance(hidden, self.weight, targets, teacher, temperature=temperature)
-        if not label_weight:
+        if not text_weight:
             return distance
-        return (1 - label_weight) * distance + label_weight * self.loss(hidden, self.weight, targets)
+        return (1 - text_weight) * distance + text_weight * self.loss(hidden, self.weight, targets)
 
 
 def check_targets(targets: Tensor, hidden: Tensor, count: int, among: str) -> None:
@@ -260,7 +260,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         targets: Tensor | None = None,
         teacher: Teacher | None = None,
         temperature: float = 1.0,
-        label_weight: float = 0.0,
+        text_weight: float = 0.0,
         past_key_values: HybridCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -278,7 +278,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
             targets: (b t) the target *at* each position, -100 for none. Gives `loss` (b t), nats of every position, and no
                 logits: the head and its loss run in blocks, so that training never holds all logits.
             teacher: beside `targets`, makes `loss` the distance from this teacher's predictions at `temperature` wherever there
-                is a target (ops.distillation), with a share of `label_weight` of the nats of the targets themselves.
+                is a target (ops.distillation), with a share of `text_weight` of the nats of the targets themselves.
             logits_to_keep: the last so many positions (0: all), or their indices.
         """
         if labels is not None and targets is not None:
@@ -302,7 +302,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         loss = logits = None
         if targets is not None:
             check_targets(targets, hidden, self.config.vocab_size, "vocabulary of {} (vocab_size)")
-            loss = self.lm_head(hidden, targets, teacher, temperature, label_weight)
+            loss = self.lm_head(hidden, targets, teacher, temperature, text_weight)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if labels is None:

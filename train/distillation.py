@@ -155,7 +155,7 @@ def from_logits(config: RunConfig) -> Callable[[nn.Module, dict[str, Tensor]], T
 
 
 def kl_settings(config: RunConfig) -> dict[str, Any]:
-    return {"temperature": config.distill.temperature, "label_weight": config.distill.label_weight}
+    return {"temperature": config.distill.temperature, "text_weight": config.distill.label_weight}
 
 
 @dataclass(frozen=True)

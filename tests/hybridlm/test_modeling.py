@@ -121,7 +121,7 @@ def test_a_teacher_makes_the_loss_a_distance_from_it_with_a_share_of_the_nats(ti
     alone = model(ids, targets=targets, teacher=teacher, temperature=2.0)
     torch.testing.assert_close(alone.loss, distance, rtol=1e-4, atol=1e-5)
     assert alone.logits is None
-    mixed = model(ids, targets=targets, teacher=teacher, temperature=2.0, label_weight=0.25).loss
+    mixed = model(ids, targets=targets, teacher=teacher, temperature=2.0, text_weight=0.25).loss
     torch.testing.assert_close(mixed, 0.75 * distance + 0.25 * model(ids, targets=targets).loss, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="pass targets beside teacher"):
         model(ids, teacher=teacher)

@@ -102,9 +102,13 @@ def test_interrupted_it_stops_the_training_at_work_and_goes_on_when_called_again
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background would ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        train_all(runs, "training", launcher("wait"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_all(runs, "training", launcher("wait"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert said(tmp_path) == ["began first", "stopped first"]
     train_all(runs, "training", launcher("train"))
     assert said(tmp_path)[2:] == ["began first", "ended first", "began second", "ended second"]
