@@ -19,7 +19,7 @@ from hybridlm.compress import latency
 from hybridlm.compress.agreement import predict, score
 from hybridlm.compress.importance import Importance, measure
 from hybridlm.compress.search import Candidate, Shape, candidates, grid, most_important, shape_of, within_budget
-from hybridlm.compress.surgery import Kept, check_kinds, prune
+from hybridlm.compress.surgery import PARTS, Kept, check_kinds, prune
 from hybridlm.data.blend import Blend
 from hybridlm.data.shards import Shards
 from hybridlm.journal import Journal, identity
@@ -36,7 +36,7 @@ from train.validation import BATCH_TOKENS, HeldOut, bits_per_byte
 
 Row = dict[str, Any]
 Build = Callable[[], HybridLMForCausalLM]
-SIZES = ("hidden_size", "intermediate_size", "mamba_num_heads", "num_key_value_heads")
+SIZES = ("hidden_size", *PARTS.values())
 
 
 class Found(NamedTuple):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.checkpoint import load_tokenizer
+from hybridlm.compress.surgery import PRUNING
 from hybridlm.configuration import CLASSIFIER
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.ops.distillation import TopK, Whole
@@ -27,7 +28,6 @@ from train.config import RunConfig
 from train.setup import COMPUTE, fetch
 from train.weights import load_weights
 
-PRUNING = "pruning.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
