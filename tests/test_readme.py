@@ -125,6 +125,7 @@ def test_the_commands_run_in_their_order(checkout, small_stdlib, monkeypatch, ca
             run(f"{line} {extra}")
         assert ("going on from step 1" in capsys.readouterr().out) == (line in seen)
         seen.add(line)
+    assert (checkout / "runs/compressed/report/index.html").exists()
     assert (checkout / "runs/demo/report/index.html").is_file()
     assert (checkout / "speed.json").is_file()
     check_python(checkout)
