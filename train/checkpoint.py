@@ -67,7 +67,7 @@ class Snapshot:
 
 def snapshot(
     model: PreTrainedModel,
-    optimizer: Optimizer,
+    optimizers: list[Optimizer],
     state: dict[str, Any],
     sidecars: dict[str, bytes],
     copy: bool,
@@ -84,7 +84,7 @@ def snapshot(
         rng["rng_cuda"] = torch.cuda.get_rng_state()
     # First: with it FSDP2 puts shards back in the place of parameters that it has gathered.
     weights = keep(_parts(model.state_dict()))
-    moments = _optimizer_tensors(_states(model, optimizer))
+    moments = _optimizer_tensors(_states(model, optimizers))
     return Snapshot(weights, keep(_parts(moments | rng) | (carried.parts() if carried else {})), state, sidecars)
 
 
@@ -160,7 +160,11 @@ def _finish(unfinished: Path, final: Path, small: dict[str, bytes], digests: dic
 
 
 def load(
-    folder: Path, model: PreTrainedModel, optimizer: Optimizer, group: ProcessGroup | None = None, carried: Carried | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    optimizers: list[Optimizer],
+    group: ProcessGroup | None = None,
+    carried: Carried | None = None,
 ) -> dict[str, Any]:
     """Puts weights, optimiser state, random state and `carried` back, and returns the rest. Nothing is changed before all is
     checked but the bytes of the tensors: `newest` and `validate` have hashed them, and they are compared with what was saved once
@@ -170,8 +174,8 @@ def load(
     Raises:
         ValueError: a file is missing or altered, or tensors do not fit the model: all listed.
     """
-    state = together(group, lambda: _fill(folder, model, optimizer, group, carried))[place(group)[0]]
-    weights, moments = _parts(model.state_dict()), _parts(_optimizer_tensors(_states(model, optimizer)))
+    state = together(group, lambda: _fill(folder, model, optimizers, group, carried))[place(group)[0]]
+    weights, moments = _parts(model.state_dict()), _parts(_optimizer_tensors(_states(model, optimizers)))
     if _fingerprint(weights, moments | (carried.parts() if carried else {}), group) != state["fingerprint"]:
         raise ValueError(
             f"what is in memory is not what was saved in {folder}: the memory or the disk of a machine may be at fault."
@@ -180,7 +184,7 @@ def load(
 
 
 def _fill(
-    folder: Path, model: PreTrainedModel, optimizer: Optimizer, group: ProcessGroup | None, carried: Carried | None
+    folder: Path, model: PreTrainedModel, optimizers: list[Optimizer], group: ProcessGroup | None, carried: Carried | None
 ) -> dict[str, Any]:
     if faults := validate(folder, tensors=False):
         raise ValueError(f"{folder} is not a valid checkpoint: {'; '.join(faults)}.")
@@ -194,7 +198,7 @@ def _fill(
     else:
         rest.pop("rng_cuda", None)
     want = model.state_dict()  # first, as in `snapshot`
-    states = _states(model, optimizer)
+    states = _states(model, optimizers)
     moments = _optimizer_tensors(states)
     rows = {name: one for name, one in rest.items() if carried and name.startswith(PREFIX)}
     others = {name: one for name, one in rest.items() if name not in rows}
@@ -203,8 +207,9 @@ def _fill(
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
     into = carried.make_room(rows, model.device) if carried else {}
     tensor_files.read(weights | rest, want | moments | rng | into, group)
+    of = _owners(optimizers)
     for name, p in model.named_parameters():
-        optimizer.state[p] = states[name]
+        of[p].state[p] = states[name]
     torch.set_rng_state(rng["rng"])
     if "rng_cuda" in rng:
         torch.cuda.set_rng_state(rng["rng_cuda"])
@@ -327,12 +332,19 @@ def _state_faults(folder: Path) -> list[str]:
     return faults
 
 
-def _states(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by parameter; before the first update, while it has none, the zeros that it begins with."""
-    return {name: optimizer.state[p] or _zeros(p) for name, p in model.named_parameters()}
+def _states(model: PreTrainedModel, optimizers: list[Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's state by parameter; before the first update, while it has none, the zeros that it begins with."""
+    of = _owners(optimizers)
+    return {name: of[p].state[p] or _zeros(p, of[p]) for name, p in model.named_parameters()}
 
 
-def _zeros(p: Tensor) -> dict[str, Tensor]:
+def _owners(optimizers: list[Optimizer]) -> dict[Tensor, Optimizer]:
+    return {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
+
+
+def _zeros(p: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
+    if isinstance(optimizer, torch.optim.Muon):
+        return {"momentum_buffer": torch.zeros_like(p)}
     return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 

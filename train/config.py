@@ -93,14 +93,18 @@ class Data:
 
 @dataclass(frozen=True, config=settings)
 class Optim:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers, and AdamW for embedding, head and vectors; adamw: for all"""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    """peak learning rate of AdamW"""
+    """peak learning rate, of both: Muon's updates are made as large as AdamW's"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """of Muon: decay of the gradient's running mean"""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """decay of the gradient's running mean"""
+    """of AdamW: decay of the gradient's running mean"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """decay of the squared gradient's running mean"""
+    """of AdamW: decay of the squared gradient's running mean"""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
-    """added to the root of the running mean square"""
+    """of AdamW: added to the root of the running mean square"""
     weight_decay: Rate = 0.1
     """decoupled weight decay; none on norms, biases, A_log, D and dt_bias"""
     clip: Annotated[float, Field(gt=0)] = 1.0

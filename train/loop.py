@@ -30,7 +30,7 @@ from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.objective import Loss, objective
-from train.optim import adamw, learning_rate, micro_batches
+from train.optim import learning_rate, micro_batches, optimizers
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
 from train.setup import (
@@ -105,7 +105,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         held_out = [shards.meta["sha256"] for shards in validation]
         agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
         loss = loss or objective(config, model, tokenizer, accelerator, mesh, sharing)
-        optimizer = adamw(model, config.optim)
+        optimizing = optimizers(model, config.optim)
         carried = Carried(model.config.num_hidden_layers, rows, config.train.global_batch)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
@@ -113,7 +113,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         if start_from is not None:
             if not allow_config_change:
                 check_shape(start_from, model)
-            state = checkpoint.load(start_from, model, optimizer, sharing, carried)
+            state = checkpoint.load(start_from, model, optimizing, sharing, carried)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
             check_state(start_from, state, config, stream, held_out, allow_config_change)
@@ -127,7 +127,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         logger.info("rank %d of %d on %s, from step %d", rank, ranks, platform.node(), step)
 
         # 2. The machine.
-        bare, optimizer = model, accelerator.prepare(optimizer)
+        bare = model
         gathers_fp8 = mesh is not None and config.train.precision == "fp8"
         if gathers_fp8:
             scale_weights(bare)
@@ -185,7 +185,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
                 state = {"step": step, "tokens": tokens, "spikes": spikes.state(), "validation": held_out, **position}
                 extra = sidecars | {"README.md": card.encode()}
-                shot = checkpoint.snapshot(bare, optimizer, state, extra, config.train.checkpoint_async, carried)
+                shot = checkpoint.snapshot(bare, optimizing, state, extra, config.train.checkpoint_async, carried)
                 saving = saver.submit(store, shot)
             if not config.train.checkpoint_async:
                 finish_saving()
@@ -279,13 +279,14 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 if logged:
                     inside |= {f"grad_norm/{kind}": value for kind, value in gradient_norms(bare).items()}
                 clip_grads_with_norm_(model.parameters(), config.optim.clip, norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(step + 1)
-                optimizer.step()
+                for optimizer in optimizing:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate(step + 1)
+                    optimizer.step()
                 if gathers_fp8:
                     scale_weights(bare)
                 spikes.accept(nats)
-            optimizer.zero_grad()
+            model.zero_grad()
             carried.advance()
             step += 1
             samples += config.train.global_batch

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers import get_wsd_schedule
 
+from hybridlm.classification import AnyModel
 from train.config import Optim, Schedule
+from train.muon import Muon
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -19,9 +21,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def adamw(model: nn.Module, config: Optim) -> torch.optim.AdamW:
+def optimizers(model: AnyModel, config: Optim) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the weights of the linear layers inside the stack, and AdamW for the rest:
+    embedding, head, convolutions, routers, recurrent cells and vectors."""
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    found: list[torch.optim.Optimizer] = []
+    if config.name == "muon":
+        hidden = {m.weight for m in model.backbone.modules() if isinstance(m, nn.Linear)}
+        groups[0]["params"] = [p for p in groups[0]["params"] if p not in hidden]
+        matrices = [p for p in model.parameters() if p in hidden]
+        if matrices:
+            found.append(Muon(matrices, config.lr, config.weight_decay, config.momentum, adjust_lr_fn="match_rms_adamw"))
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return [*found, adamw]
 
 
 def learning_rate(optim: Optim, schedule: Schedule, steps: int) -> Callable[[int], float]:

@@ -16,26 +16,27 @@ from hybridlm import HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint, files, tensor_files
 from train.config import Optim
-from train.optim import adamw
+from train.optim import optimizers
 from train.setup import build_model
 from train.weights import load_weights
 
 
 @pytest.fixture
 def trained(make_config):
-    """A model and its optimiser after a step."""
+    """A model and its optimisers after a step."""
     torch.manual_seed(0)
     model = build_model(make_config())
-    optimizer = adamw(model, Optim())
-    step(model, optimizer)
-    return model, optimizer
+    optimizing = optimizers(model, Optim(name="muon"))
+    step(model, optimizing)
+    return model, optimizing
 
 
-def step(model, optimizer):
+def step(model, optimizing):
     ids = torch.arange(12)[None]
     model(ids, targets=ids).loss.sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizing:
+        optimizer.step()
+    model.zero_grad()
 
 
 def state_of(step):
@@ -61,8 +62,8 @@ def seal(folder):
 
 
 def snapshot(trained):
-    model, optimizer = trained
-    state = {f"{n}.{k}": v.clone() for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
+    model, optimizing = trained
+    state = {name: value.clone() for name, value in checkpoint._optimizer_tensors(checkpoint._states(model, optimizing)).items()}
     return {n: p.detach().clone() for n, p in model.named_parameters()} | state
 
 
@@ -90,10 +91,10 @@ def test_a_checkpoint_puts_everything_back(tmp_path, trained, make_config):
     before, rng = snapshot(trained), torch.get_rng_state()
     torch.manual_seed(99)
     fresh = build_model(make_config())
-    optimizer = adamw(fresh, Optim())
-    state = checkpoint.load(folder, fresh, optimizer)
+    optimizing = optimizers(fresh, Optim(name="muon"))
+    state = checkpoint.load(folder, fresh, optimizing)
     assert state == state_of(1) | {"fingerprint": state["fingerprint"]}
-    after = snapshot((fresh, optimizer))
+    after = snapshot((fresh, optimizing))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(torch.get_rng_state(), rng)

@@ -3,7 +3,14 @@ import torch
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from train.config import Optim, Schedule
-from train.optim import learning_rate, micro_batches, parameter_groups
+from train.muon import Muon
+from train.optim import learning_rate, micro_batches, optimizers, parameter_groups
+
+TINY = {
+    "vocab_size": 10, "hidden_size": 16, "hybrid_override_pattern": "M*-Emr", "intermediate_size": 16, "ssm_state_size": 4,
+    "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 8,
+}  # fmt: skip
 
 
 def test_every_parameter_is_in_exactly_one_group_and_neither_vectors_nor_A_log_decay():
@@ -69,8 +76,20 @@ def test_a_batch_that_does_not_divide_is_an_error():
 
 
 def test_adamw_is_torchs_own():
-    from train.optim import adamw
-
-    optimizer = adamw(torch.nn.Linear(2, 2), Optim(beta1=0.8, beta2=0.9, eps=1e-6))
+    (optimizer,) = optimizers(HybridLMForCausalLM(HybridLMConfig(**TINY)), Optim(beta1=0.8, beta2=0.9, eps=1e-6))
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
+    model = HybridLMForCausalLM(HybridLMConfig(**TINY))
+    muon, adamw = optimizers(model, Optim(name="muon", lr=0.5, momentum=0.8, weight_decay=0.3))
+    names = {p: name for name, p in model.named_parameters()}
+    assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
+    hidden = {names[p] for group in muon.param_groups for p in group["params"]}
+    rest = [names[p] for group in adamw.param_groups for p in group["params"]]
+    assert hidden == {n for n in names.values() if n.endswith("proj.weight")}
+    assert sorted([*hidden, *rest]) == sorted(names.values())
+    assert {"backbone.embeddings.weight", "lm_head.weight", "backbone.layers.3.mixer.gate.weight"} <= set(rest)
+    (group,) = muon.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.8, 0.3)

@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from train.config import Optim
+from train.optim import optimizers
 from train.sharding import initialise, recompute, shard
 
 # Every kind of layer; sizes that 2, 3 and 4 ranks do not divide: heads, vocabulary and channels.
@@ -206,3 +208,20 @@ def test_what_is_computed_again_works_on_a_shared_model(run_ranks):
         assert all(map(torch.equal, *gradients))
 
     check(run_ranks(2, started(work)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_muon_steps_as_in_one_process(run_ranks, ranks):
+    def work(rank):
+        one, shared = build(), build(ranks)
+        for model in (one, shared):
+            optimizing = optimizers(model, Optim(name="muon", lr=0.05))
+            for step in range(2):
+                model(**batch(6, seed=step)).loss.mean().backward()
+                for optimizer in optimizing:
+                    optimizer.step()
+                model.zero_grad()
+        for (name, p), q in zip(one.named_parameters(), shared.parameters()):
+            assert torch.allclose(p, whole(q), atol=2e-3), name
+
+    check(run_ranks(ranks, started(work)))

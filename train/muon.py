@@ -1,0 +1,62 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hybridlm.ops.precision import product_dtype
+from train.sharding import put
+from train.tensor_files import local
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, with the update of AdamW's size (0.2 sqrt(max(rows, columns)), arXiv 2502.16982, equation 4), so that both
+    take the same learning rate. Its step differs in two points, and in no number where neither applies: ranks that share the
+    model orthogonalise one matrix each, and a processor without bf16 units does so in fp32.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            mesh = moved[0].device_mesh if moved and isinstance(moved[0], DTensor) else None
+            at_once = mesh.size() if mesh else 1
+            for some in (moved[i : i + at_once] for i in range(0, len(moved), at_once)):
+                updates = [direction(p.grad, self.state[p], group["momentum"]) for p in some]
+                updates = one_each(updates, group, mesh.get_local_rank()) if mesh else [orthogonal(updates[0], group)]
+                for p, update in zip(some, updates):
+                    size = 0.2 * max(p.shape) ** 0.5
+                    local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(local(update), alpha=-group["lr"] * size)
+
+
+def direction(grad: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+    """Nesterov's: between the gradient and its running mean, which it moves on."""
+    if not state:
+        state["momentum_buffer"] = torch.zeros_like(grad)
+    return grad.lerp(state["momentum_buffer"].lerp_(grad, 1 - momentum), momentum)
+
+
+def one_each(matrices: list[Any], group: dict, rank: int) -> list[Any]:
+    """Orthogonalises matrices that ranks share by rows, one on each rank, which sends the others their rows of it."""
+    own = torch.empty(0, device="meta")
+    for owner, matrix in enumerate(matrices):
+        whole = matrix.full_tensor()
+        if owner == rank:
+            own = orthogonal(whole, group).to(matrix.dtype)
+    for owner, matrix in enumerate(matrices):
+        put(matrix, own if owner == rank else torch.empty(matrix.shape, device="meta"), owner)
+    return matrices
+
+
+def orthogonal(matrix: Tensor, group: dict) -> Tensor:
+    """U V^T of a matrix (m n) = U S V^T, about: Newton-Schulz takes its singular values to between 0.7 and 1.2."""
+    (a, b, c), narrow = group["ns_coefficients"], matrix.bfloat16()
+    x = narrow.to(product_dtype(narrow))
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if len(matrix) > matrix.shape[1] else x
