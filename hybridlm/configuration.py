@@ -52,6 +52,7 @@ class HybridLMConfig(PreTrainedConfig):
         n_groups: groups of Mamba heads that share B and C. ssm_state_size: rows of the state of each head channel.
         conv_kernel: window of the convolution, in positions. chunk_size: positions of one SSD chunk; no result depends on it.
         time_step_min, time_step_max, time_step_floor: range of dt at initialisation.
+        A_init_min, A_init_max: range of -A at initialisation, of Mamba-2.
         time_step_limit: dt is clamped to it in every pass.
         time_step_rank: of Mamba-1, the width from which dt is projected; None: a sixteenth of hidden_size, rounded up. Its inner
             width, its convolution and the rows of its state are Mamba-2's.
@@ -131,6 +132,8 @@ class HybridLMConfig(PreTrainedConfig):
     lstm_forget_bias: float = 1.0
     time_step_rank: int | None = None
     bidirectional: str | None = None
+    A_init_min: float = 1.0
+    A_init_max: float = 16.0
 
     def __post_init__(self, **kwargs):
         kwargs.pop("num_hidden_layers", None)  # the pattern's length
@@ -293,7 +296,15 @@ def _faults(c: HybridLMConfig) -> list[str]:
         value = getattr(c, name)
         if value is None or not _is_size_or_none(value):
             faults.append(f"{name} must be a whole number of at least 1 and below 2**31; got {value!r}.")
-    for name in ("initializer_range", "layer_norm_epsilon", "time_step_min", "time_step_max", "time_step_floor"):
+    for name in (
+        "initializer_range",
+        "layer_norm_epsilon",
+        "time_step_min",
+        "time_step_max",
+        "time_step_floor",
+        "A_init_min",
+        "A_init_max",
+    ):
         value = getattr(c, name)
         if not _is_positive(value):
             faults.append(f"{name} must be a finite number above 0; got {value!r}.")
@@ -324,6 +335,8 @@ def _faults(c: HybridLMConfig) -> list[str]:
         faults.append(f"bidirectional must be 'sum', 'concat' or null; got {c.bidirectional!r}.")
     if not c.time_step_min <= c.time_step_max:
         faults.append(f"time_step_min must not exceed time_step_max; got {c.time_step_min} and {c.time_step_max}.")
+    if not c.A_init_min <= c.A_init_max:
+        faults.append(f"A_init_min must not exceed A_init_max; got {c.A_init_min} and {c.A_init_max}.")
     limit = c.time_step_limit
     if not isinstance(limit, (list, tuple)) or len(limit) != 2 or not all(isinstance(x, (int, float)) for x in limit):
         faults.append(f"time_step_limit must be two numbers; got {limit!r}.")

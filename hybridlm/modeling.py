@@ -186,12 +186,13 @@ class Head(Linear):
         teacher: Teacher | None = None,
         temperature: float = 1.0,
         text_weight: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """hidden (b t d) -> logits (b t v), or with `targets` (b t) the nats of every position (b t)."""
         if targets is None:
             return super().forward(hidden)
         if teacher is None:
-            return self.loss(hidden, self.weight, targets)
+            return self.loss(hidden, self.weight, targets, z_loss=z_loss)
         distance = self.distance(hidden, self.weight, targets, teacher, temperature=temperature)
         if not text_weight:
             return distance
@@ -261,6 +262,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         teacher: Teacher | None = None,
         temperature: float = 1.0,
         text_weight: float = 0.0,
+        z_loss: float = 0.0,
         past_key_values: HybridCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -279,6 +281,8 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
                 logits: the head and its loss run in blocks, so that training never holds all logits.
             teacher: beside `targets`, makes `loss` the distance from this teacher's predictions at `temperature` wherever there
                 is a target (ops.distillation), with a share of `text_weight` of the nats of the targets themselves.
+            z_loss: beside `targets`, weight of the squared logarithm of the sum of exp(logits) in the gradients; `loss` stays the
+                nats of the targets (ops.cross_entropy).
             logits_to_keep: the last so many positions (0: all), or their indices.
         """
         if labels is not None and targets is not None:
@@ -302,7 +306,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
         loss = logits = None
         if targets is not None:
             check_targets(targets, hidden, self.config.vocab_size, "vocabulary of {} (vocab_size)")
-            loss = self.lm_head(hidden, targets, teacher, temperature, text_weight)
+            loss = self.lm_head(hidden, targets, teacher, temperature, text_weight, z_loss)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if labels is None:

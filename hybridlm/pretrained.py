@@ -102,7 +102,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             if isinstance(module, Mamba):  # the rows of a state forget at different rates (S4D-Real, arXiv 2206.11893)
                 init.copy_(module.A_log, torch.arange(1.0, decays[1] + 1).log().expand(decays))
             else:
-                init.copy_(module.A_log, torch.empty(decays).uniform_(1, 16).log())
+                init.copy_(module.A_log, torch.empty(decays).uniform_(c.A_init_min, c.A_init_max).log())
             init.ones_(module.D)
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
             dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)

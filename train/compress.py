@@ -22,6 +22,7 @@ from train.command_line import parse_command_line, settings_parser
 from train.compress_config import CompressConfig, training
 from train.compress_search import Found, Row, Work, best_candidates, open_work, side_by_side, weigh
 from train.config import Model, RunConfig, dump
+from train.optim import samples_by
 from train.run import changes, last_line, lock, refuse_foreign
 from train.trainings import train_all
 
@@ -166,8 +167,8 @@ def trainings(work: Work, winner: Found, importance: Importance) -> dict[str, Ru
 
 def write_summary(work: Work, entries: dict[str, Row], runs: dict[str, RunConfig]) -> None:
     """summary.json: the parent, the student, and all models of the report."""
-    train, c = work.config.train, work.config.compress
-    tokens = train.steps * train.global_batch * work.config.data.seq_len
+    c = work.config.compress
+    tokens = samples_by(work.config, work.config.train.steps) * work.config.data.seq_len
     for name, entry in entries.items():
         entry["tokens"] = tokens if name in runs else 0
     state = work.place.resolve().parent / "state.json"  # where the parent is the model of a run

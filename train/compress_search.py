@@ -31,6 +31,7 @@ from hybridlm.twin import count_parameters
 from train import files
 from train.compress_config import CompressConfig, axes, budget
 from train.config import dump
+from train.optim import samples_by
 from train.setup import fetch, open_data, open_tokenizer
 from train.validation import BATCH_TOKENS, HeldOut, bits_per_byte
 
@@ -163,7 +164,7 @@ def open_work(config: CompressConfig) -> Work:
     tokenizer = open_tokenizer(config, None)
     stream, validation = open_data(config, tokenizer, parent.config.vocab_size, quiet=False)
     assert isinstance(stream, Blend)
-    texts: Row = {"training": stream.identity(config.train.steps * config.train.global_batch)}
+    texts: Row = {"training": stream.identity(samples_by(config, config.train.steps))}
     texts["validation"] = [shards.meta["sha256"] for shards in validation]
     settings = parse_yaml(dump(config)) | {"run_dir": None, "parent": identity(str(place)), "texts": texts}
     # All else in the directory, what was cut out and trained too, is of what they were.

@@ -109,6 +109,8 @@ class Optim:
     """decoupled weight decay; none on norms, biases, A_log, D and dt_bias"""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """largest norm of the whole gradient; a larger one is scaled down to it"""
+    z_loss: Rate = 0.0
+    """weight of (log of the sum of exp(logits))^2 in the gradients, which keeps logits from drifting; not in the logged loss"""
 
 
 @dataclass(frozen=True, config=settings)
@@ -121,6 +123,14 @@ class Schedule:
     """shape of the fall"""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     """learning rate of the last step as a share of the peak"""
+    batch_start: Positive | None = None
+    """sequences in the first steps; doubles in even stages up to train.global_batch. Default: no warm-up of the batch"""
+    batch_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of train.steps after which the batch is whole"""
+    length_start: Positive | None = None
+    """positions of the rows that windows are cut into in the first steps; doubles up to data.seq_len. Default: they stay whole"""
+    length_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of train.steps after which windows are whole"""
 
 
 @dataclass(frozen=True, config=settings)
@@ -238,8 +248,11 @@ def parse(values: dict[str, Any], kind: type[Config] = RunConfig) -> Config:  # 
         faults.append(
             f"schedule: warmup ({schedule.warmup}) and decay ({schedule.decay}) are shares of the run; together at most 1."
         )
+    faults += _warmup_faults(config)
     faults += _data_faults(config.data, values.get("data", {}))
     faults += _distill_faults(config) if kind is RunConfig else []  # of a job with a teacher of its own
+    if config.optim.z_loss and (config.data.label_column is not None or config.distill != Distill()):
+        faults.append("optim.z_loss: it is for the next-token loss of a language model; leave it away with a teacher or labels.")
     if config.data.blend:
         values = values | {"data": {**values["data"], "source": None}}
     if unknown := unknown_symbols(config.train.recompute):
@@ -260,6 +273,23 @@ def parse(values: dict[str, Any], kind: type[Config] = RunConfig) -> Config:  # 
     if faults:
         raise ValueError(fault_list(faults))
     return _checked(values | {"run_dir": os.path.expanduser(config.run_dir)}, kind)
+
+
+def _warmup_faults(config: RunConfig) -> list[str]:
+    schedule, data, faults = config.schedule, config.data, []
+    carries, labels = {"data.carry_state": data.carry_state}, {"data.label_column": data.label_column is not None}
+    batch = ("batch", config.train.global_batch, "train.global_batch", carries)
+    for what, whole, name, refused in (batch, ("length", data.seq_len, "data.seq_len", carries | labels)):
+        start, share = getattr(schedule, f"{what}_start"), getattr(schedule, f"{what}_warmup")
+        if (start is None) != (share == 0):
+            faults.append(f"schedule: set both {what}_start and {what}_warmup, or neither; got {start} and {share}.")
+        if start is not None and (whole % start or (whole // start).bit_count() != 1):
+            faults.append(f"schedule.{what}_start: it must become {name} ({whole}) by doubling; got {start}.")
+        others = [other for other, is_set in refused.items() if start is not None and is_set]
+        faults += [
+            f"schedule.{what}_start: rows change with it, which {other} does not allow; leave one away." for other in others
+        ]
+    return faults
 
 
 def _data_faults(data: Data, given: dict[str, Any]) -> list[str]:

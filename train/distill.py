@@ -15,6 +15,7 @@ from train.command_line import argument_parser, parse_command_line
 from train.config import RunConfig, dump
 from train.distillation import Teacher, open_teacher
 from train.loop import train
+from train.optim import samples_by
 from train.setup import open_data, open_tokenizer
 from train.tensor_files import fingerprint, part
 from train.top_logits import id_type, samples_per_file, write
@@ -49,7 +50,7 @@ def write_logits(config: RunConfig, folder: Path) -> int:
     Raises:
         ValueError: no teacher, data without sample numbers, more than one process, or a folder of something else.
     """
-    distill, wanted = config.distill, config.train.steps * config.train.global_batch
+    distill, wanted = config.distill, samples_by(config, config.train.steps)
     if distill.teacher is None:
         raise ValueError("--write_logits needs the model that makes them; set distill.teacher.")
     if config.data.streaming:

@@ -5,9 +5,10 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.objective import Loss, objective
-from train.optim import learning_rate, micro_batches, optimizers
+from train.optim import batch_size, cut, learning_rate, micro_batches, optimizers, row_length, samples_by, stages
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
 from train.setup import (
@@ -79,9 +80,10 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     agree(accelerator, {"settings": parse_yaml(dump(config)), "launcher": asked, "resume": resume, **versions})
     launch.check(config, asked)
-    rows = micro_batches(
-        config.train.global_batch, config.train.micro_batch, accelerator.process_index, accelerator.num_processes
+    rows_of = partial(
+        micro_batches, micro_batch=config.train.micro_batch, rank=accelerator.process_index, ranks=accelerator.num_processes
     )
+    rows, _ = rows_of(config.train.global_batch), rows_of(batch_size(config, 1))
 
     # Signals and the log are let go last: a launcher sends SIGTERM while `watch` finds out which rank ended.
     with ExitStack() as outer, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
@@ -103,7 +105,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         opened = first_on_main(accelerator, lambda: open_data(config, tokenizer, model.config.vocab_size, quiet=not main))
         stream, validation = opened
         held_out = [shards.meta["sha256"] for shards in validation]
-        agree(accelerator, {"data": stream.identity(config.train.steps * config.train.global_batch), "validation": held_out})
+        agree(accelerator, {"data": stream.identity(samples_by(config, config.train.steps)), "validation": held_out})
         loss = loss or objective(config, model, tokenizer, accelerator, mesh, sharing)
         optimizing = optimizers(model, config.optim)
         carried = Carried(model.config.num_hidden_layers, rows, config.train.global_batch)
@@ -218,10 +220,16 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         def report(kind: str, nats: float, grad_norm: float, diagnosis: dict[str, Any]) -> None:
             """Says and writes to incidents.jsonl that the step changes no weight."""
             if main:
-                documents = stream.origin(samples, samples + config.train.global_batch)
+                documents = stream.origin(samples, samples + batch_size(config, step + 1))
                 incident = {"step": step + 1, "kind": kind, "samples": samples, "documents": documents, **diagnosis}
                 record(run_dir / "incidents.jsonl", incident)
                 bar.write(f"step {step + 1}: {kind}, loss {nats:.4f}, gradient norm {grad_norm:.4f}: no weight was changed")
+
+        def read(first: int, left: Iterable[tuple[int, int]]) -> Iterator[list[dict[str, Tensor]]]:
+            """The micro-batches of this rank, step by step."""
+            for size, count in left:
+                yield from batches(stream, rows_of(size), first, size, count, config.data.workers)
+                first += size * count
 
         # 3. The steps.
         adopted = gather(accelerator, main and step > 0 and not (run_dir / "checkpoints" / f"step-{step}").exists())[0]
@@ -231,13 +239,16 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         last = gather(accelerator, last_line(metrics, "val_loss") if main else None)[0]
         if last is None or (last["step"] < step and validation_due(config, step)):
             validate()
-        left = batches(stream, rows, samples, config.train.global_batch, config.train.steps - step, config.data.workers)
-        saved, logged_step, waited, clock = step, step, 0.0, time.perf_counter()
+        left = read(samples, stages(config, step))
+        saved, logged, waited, clock = step, (step, tokens), 0.0, time.perf_counter()
         while step < config.train.steps:
             watching.step, watching.phase = step + 1, "training"
             asking = time.perf_counter()
             parts = next(left)
             waited += time.perf_counter() - asking
+            sequences, length = batch_size(config, step + 1), row_length(config, step + 1)
+            if length < config.data.seq_len:
+                parts = [cut(part, length) for part in parts]
             batch = [{name: tensor.to(accelerator.device) for name, tensor in part.items()} for part in parts]
             counted = sum(int((part["targets"] != IGNORE).sum()) for part in batch)
             failed = saving is not None and saving.done() and saving.exception() is not None
@@ -249,9 +260,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             if stop:
                 break
 
-            logged = (step + 1) % config.log.every == 0 or step + 1 == config.train.steps
+            logs_now = (step + 1) % config.log.every == 0 or step + 1 == config.train.steps
             watched: AbstractContextManager[dict[str, float]] = nullcontext({})
-            if logged:
+            if logs_now:
                 watched = mamba_statistics(bare, config.data.seq_len)
             with watched as inside:
                 own = backward(model, batch, targets)
@@ -276,7 +287,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                         f"({config.optim.lr}), mend the data, or skip such steps (--train.on_nonfinite skip)."
                     )
             else:
-                if logged:
+                if logs_now:
                     inside |= {f"grad_norm/{kind}": value for kind, value in gradient_norms(bare).items()}
                 clip_grads_with_norm_(model.parameters(), config.optim.clip, norm)
                 for optimizer in optimizing:
@@ -289,13 +300,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             model.zero_grad()
             carried.advance()
             step += 1
-            samples += config.train.global_batch
-            tokens += config.train.global_batch * config.data.seq_len
+            samples += sequences
+            tokens += sequences * config.data.seq_len
 
             bar.update()
-            if logged:
+            if logs_now:
                 now = time.perf_counter()
-                speed = (step - logged_step) * config.train.global_batch * config.data.seq_len / (now - clock)
+                speed = (tokens - logged[1]) / (now - clock)
                 watching.memory = memory = memory_bytes(accelerator.device)
                 line = {
                     "step": step, "tokens": tokens, "loss": nats if finite else None, "lr": rate(step),
@@ -303,13 +314,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                     "tokens_per_second_per_rank": speed / accelerator.num_processes,
                     "mfu": speed * step_flops / (peak * accelerator.num_processes) if peak else None,
                     "memory_bytes": memory, **(inside if finite else {}),
-                    **rank_figures(accelerator, memory, waited / (step - logged_step)),
+                    **rank_figures(accelerator, memory, waited / (step - logged[0])),
                 }  # fmt: skip
                 logger.info("step %d: loss %.4f, %.0f tokens/s, %d bytes here", step, nats, speed, memory)
                 if main:
                     log(line)
                     bar.set_postfix_str(f"loss {nats:.3f}, {speed:,.0f} tokens/s")
-                logged_step, waited, clock = step, 0.0, now
+                logged, waited, clock = (step, tokens), 0.0, now
             paused = time.perf_counter()
             if validation_due(config, step):
                 validate()

@@ -1,6 +1,7 @@
 """What the steps of a run make smaller, as its configuration says: the next-token loss, or the distance from a teacher."""
 
 from collections.abc import Callable
+from functools import partial
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from train.ranks import everywhere
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
-def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def next_token_loss(model: nn.Module, batch: dict[str, Tensor], **settings: float) -> Tensor:
     """Nats of every position (b t), 0 where there is no target."""
-    return model(**batch).loss
+    return model(**batch, **settings).loss
 
 
 def objective(
@@ -44,4 +45,4 @@ def objective(
         kept = top_logits.open_logits(config.distill.logits)
         everywhere(accelerator, lambda: top_logits.verify(kept) if accelerator.is_main_process else None)
         return distillation.from_logits(config)
-    return next_token_loss
+    return partial(next_token_loss, z_loss=config.optim.z_loss) if config.optim.z_loss else next_token_loss

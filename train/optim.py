@@ -1,13 +1,15 @@
 """Pure functions of the optimiser, the schedule and the batch."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_wsd_schedule
 
 from hybridlm.classification import AnyModel
-from train.config import Optim, Schedule
+from train.config import Optim, RunConfig, Schedule
 from train.muon import Muon
 
 
@@ -52,6 +54,48 @@ def learning_rate(optim: Optim, schedule: Schedule, steps: int) -> Callable[[int
     # Without a decay the last step is like those before it; the library would have it at the least rate.
     last = steps if decay else steps - 1
     return lambda step: optim.lr * (multiplier(min(step, last)) if warmup < steps else step / steps)
+
+
+def batch_size(config: RunConfig, step: int) -> int:
+    """Sequences of step 1 … steps, over all ranks."""
+    return _doubled(
+        config.schedule.batch_start, config.train.global_batch, config.schedule.batch_warmup * config.train.steps, step
+    )
+
+
+def row_length(config: RunConfig, step: int) -> int:
+    """Positions of a row in step 1 … steps: those of a window, or of a part of it."""
+    return _doubled(config.schedule.length_start, config.data.seq_len, config.schedule.length_warmup * config.train.steps, step)
+
+
+def _doubled(start: int | None, whole: int, over: float, step: int) -> int:
+    if start is None or step > over:
+        return whole
+    doublings = (whole // start).bit_length() - 1
+    return start << int((step - 1) / over * doublings)
+
+
+def samples_by(config: RunConfig, step: int) -> int:
+    """Samples of the first `step` steps together."""
+    rising = min(step, _rising(config))
+    return sum(batch_size(config, i) for i in range(1, rising + 1)) + (step - rising) * config.train.global_batch
+
+
+def stages(config: RunConfig, step: int) -> Iterator[tuple[int, int]]:
+    """(sequences, number of steps) of each stretch of steps of the same batch, after `step`."""
+    for size, some in groupby(batch_size(config, i) for i in range(step + 1, _rising(config) + 1)):
+        yield size, sum(1 for _ in some)
+    yield config.train.global_batch, config.train.steps - max(step, _rising(config))
+
+
+def _rising(config: RunConfig) -> int:
+    """Steps of less than the whole batch."""
+    return math.floor(config.schedule.batch_warmup * config.train.steps)
+
+
+def cut(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """(b t …) -> (b * t / length, length …): what is cut off from what came before begins anew."""
+    return {name: tensor.unflatten(1, (-1, length)).flatten(0, 1) for name, tensor in batch.items()}
 
 
 def micro_batches(global_batch: int, micro_batch: int | None, rank: int, ranks: int) -> list[range]:

@@ -36,6 +36,7 @@ from hybridlm.tokenizer import byte_tokenizer
 from train import launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
+from train.optim import batch_size, samples_by
 from train.top_logits import taught
 from train.weights import load_weights
 
@@ -159,7 +160,7 @@ def check_state(
             + "".join(f"  {line}\n" for line in changed)
             + "Restore what it was, or start a new run from its model (--model.init_from)."
         )
-    if config.data.phases and samples != step * config.train.global_batch:
+    if config.data.phases and samples != samples_by(config, step):
         raise ValueError(
             f"data.phases are counted in steps of one train.global_batch, and the {step} steps so far had another than "
             f"{config.train.global_batch}; restore it, or start a new run from its model (--model.init_from)."
@@ -250,7 +251,7 @@ def open_blend(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
         packed = partial(Labelled, names=pairs[0][0].meta["labels"])
         packed(pairs[0][1], data.seq_len, config.seed, vocab_size)  # has the validation no other labels?
     samplers = [packed(shards, data.seq_len, config.seed, vocab_size) for shards, _ in pairs]
-    borders = [round(share * config.train.steps) * config.train.global_batch for share in data.phases]
+    borders = [samples_by(config, round(share * config.train.steps)) for share in data.phases]
     # With data.val_source all sources come with the same validation.
     validation = list({shards.folder: shards for _, shards in pairs}.values())
     return Blend(samplers, blend_weights(data) or [[1.0]], borders), validation
@@ -317,12 +318,15 @@ def describe(
 ) -> None:
     """Prints what is about to run; every setting is in RUN/config.yaml."""
     batch = config.train.global_batch * config.data.seq_len
-    samples = config.train.steps * config.train.global_batch
+    samples = samples_by(config, config.train.steps)
     print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.hybrid_override_pattern}")
     for line in stream.summary(samples):
         print(f"data        {line}")
     print(f"validation  {sum(map(len, validation)):,} tokens")
-    print(f"training    {config.train.steps:,} steps of {batch:,} tokens")
+    first = batch_size(config, 1) * config.data.seq_len
+    print(
+        f"training    {config.train.steps:,} steps of {batch:,} tokens" + (f", the first of {first:,}" if first < batch else "")
+    )
     if (teacher := config.distill.teacher or config.distill.logits) is not None:
         print(f"loss        forward KL from {teacher}, temperature {config.distill.temperature:g}")
     ranks, device = accelerator.num_processes, accelerator.device

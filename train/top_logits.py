@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hybridlm.data.blend import Blend
 from train import files
 from train.config import RunConfig, differences
+from train.optim import samples_by
 
 PLAN, META = "plan.json", "meta.json"
 FILE_BYTES = 2**27
@@ -83,7 +84,7 @@ def taught(stream: Blend, config: RunConfig, vocab_size: int) -> Taught:
     """
     assert config.distill.logits is not None
     kept = open_logits(config.distill.logits)
-    meta, needed = kept.meta, config.train.steps * config.train.global_batch
+    meta, needed = kept.meta, samples_by(config, config.train.steps)
     faults = [f"  {line}" for line in stream.changed(meta["data"], min(needed, meta["samples"]))]
     if meta["temperature"] != config.distill.temperature:
         faults.append(f"  distill.temperature: {meta['temperature']} -> {config.distill.temperature}")

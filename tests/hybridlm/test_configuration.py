@@ -47,6 +47,8 @@ def test_all_broken_relations_come_in_one_message(tiny_config):
         {"chunk_size": True},
         {"time_step_floor": math.inf},
         {"initializer_range": -1},
+        {"A_init_min": 0.0},
+        {"A_init_min": 3.0, "A_init_max": 2.0},
         {"time_step_limit": [0.1]},
         {"rope_theta": -1.0},
         {"rope_theta": "10000"},

@@ -68,6 +68,11 @@ def test_the_decay_starts_between_1_and_16_and_the_step_in_its_range(fresh):
     assert not torch.equal(first, other)
 
 
+def test_the_decay_begins_in_the_range_that_is_asked_for(fresh):
+    A = torch.exp(fresh(A_init_min=2.0, A_init_max=3.0).backbone.layers[0].mixer.A_log)
+    assert 2 <= A.min() < A.max() <= 3
+
+
 def test_the_step_has_a_floor(fresh):
     mixer = fresh(time_step_min=1e-6, time_step_floor=1e-2).backbone.layers[0].mixer
     assert softplus(mixer.dt_bias).min().item() == pytest.approx(1e-2, rel=1e-3)

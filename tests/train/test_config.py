@@ -116,6 +116,30 @@ def test_a_fault_of_distillation_is_named(values, message):
         parse(values)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"schedule": {"batch_start": 4}}, "set both batch_start and batch_warmup, or neither; got 4 and 0.0"),
+        (
+            {"schedule": {"batch_start": 5, "batch_warmup": 0.1}},
+            r"it must become train.global_batch \(16\) by doubling",
+        ),
+        (
+            {"schedule": {"length_start": 48, "length_warmup": 0.1}},
+            r"it must become data.seq_len \(512\) by doubling",
+        ),
+        (
+            {"schedule": {"length_start": 64, "length_warmup": 0.1}, "data": {"carry_state": True}},
+            "length_start: rows change with it, which data.carry_state does not allow",
+        ),
+        ({"optim": {"z_loss": 1e-4}, "distill": {"teacher": "t"}}, "optim.z_loss: it is for the next-token loss"),
+    ],
+)
+def test_a_fault_of_a_warm_up_or_of_z_loss_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse(TINY | given)
+
+
 def test_all_faults_of_distillation_come_in_one_message():
     with pytest.raises(ValueError, match=r"2 fault\(s\)"):
         parse(distil(teacher="a", logits="b", of={"carry_state": True}))

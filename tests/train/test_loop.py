@@ -57,6 +57,30 @@ def after(calls, action):
     return loss
 
 
+def test_batch_and_rows_grow_each_sample_is_read_once_and_a_run_cut_off_meanwhile_goes_on_the_same(make_config, tmp_path):
+    warming = {
+        "optim__name": "muon", "optim__z_loss": 1e-3, "schedule__batch_start": 1, "schedule__batch_warmup": 0.75,
+        "schedule__length_start": 8, "schedule__length_warmup": 0.5, "train__checkpoint_every": 2, "train__val_every": 8,
+    }  # fmt: skip
+    whole, cut = make_config(**warming), make_config(run_dir=str(tmp_path / "cut"), **warming)
+    shapes = []
+
+    def loss(model, batch):
+        if model.training:
+            shapes.append(tuple(batch["targets"].shape))
+        if len(shapes) == 8 + 4:
+            raise KeyboardInterrupt
+        return next_token_loss(model, batch, z_loss=1e-3)
+
+    train(whole, loss=loss)
+    assert shapes == [(4, 8), (4, 8), (2, 16), (4, 16), (2, 32), (2, 32), (4, 32), (4, 32)]
+    assert [line["tokens"] // 32 for line in lines(whole)] == [1, 2, 3, 5, 7, 9, 13, 17]
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, loss=loss)
+    train(cut)
+    assert_same_end(whole, cut)
+
+
 def test_a_run_learns_and_leaves_what_the_contract_names(make_config):
     config = make_config(train__steps=40, schedule__decay=0.5)
     train(config)

@@ -2,9 +2,19 @@ import pytest
 import torch
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from train.config import Optim, Schedule
+from train.config import Data, Optim, RunConfig, Schedule, Train
 from train.muon import Muon
-from train.optim import learning_rate, micro_batches, optimizers, parameter_groups
+from train.optim import (
+    batch_size,
+    cut,
+    learning_rate,
+    micro_batches,
+    optimizers,
+    parameter_groups,
+    row_length,
+    samples_by,
+    stages,
+)  # fmt: skip
 
 TINY = {
     "vocab_size": 10, "hidden_size": 16, "hybrid_override_pattern": "M*-Emr", "intermediate_size": 16, "ssm_state_size": 4,
@@ -93,3 +103,34 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
     assert {"backbone.embeddings.weight", "lm_head.weight", "backbone.layers.3.mixer.gate.weight"} <= set(rest)
     (group,) = muon.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.8, 0.3)
+
+
+def warming(**schedule):
+    return RunConfig("run", train=Train(steps=20, global_batch=16), data=Data(seq_len=64), schedule=Schedule(**schedule))
+
+
+def test_the_batch_doubles_in_even_stages_and_every_sample_is_in_one_step():
+    config = warming(batch_start=4, batch_warmup=0.5)
+    sizes = [batch_size(config, step) for step in range(1, 21)]
+    assert sizes == [4] * 5 + [8] * 5 + [16] * 10
+    for step in range(21):
+        assert samples_by(config, step) == sum(sizes[:step])
+        assert [size for size, count in stages(config, step) for _ in range(count)] == sizes[step:]
+
+
+def test_rows_double_in_even_stages_too():
+    config = warming(length_start=16, length_warmup=0.25)
+    assert [row_length(config, step) for step in range(1, 8)] == [16, 16, 16, 32, 32, 64, 64]
+
+
+def test_without_a_warm_up_every_step_is_whole():
+    config = warming()
+    assert [batch_size(config, 1), row_length(config, 1), samples_by(config, 7)] == [16, 64, 112]
+    assert [*stages(config, 3)] == [(16, 17)]
+
+
+def test_a_window_is_cut_into_rows_of_the_same_tokens_in_order():
+    batch = {"targets": torch.arange(24).view(2, 12), "logits": torch.arange(72).view(2, 12, 3)}
+    rows = cut(batch, 4)
+    assert rows["targets"].tolist()[3] == [12, 13, 14, 15] and rows["logits"].shape == (6, 4, 3)
+    assert torch.equal(rows["targets"].flatten(), torch.arange(24)) and rows["logits"][5, 3, 2] == 71

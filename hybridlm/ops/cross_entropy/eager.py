@@ -11,14 +11,14 @@ BLOCK_BYTES = 2**23  # of fp32 logits: they stay in a processor's cache
 LEAST_ROWS = 256  # of a block: products of fewer read the weight more often than they compute with it
 
 
-def cross_entropy(hidden, weight, labels) -> Tensor:
-    flat = LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
+def cross_entropy(hidden, weight, labels, z_loss=0.0) -> Tensor:
+    flat = LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), z_loss)
     return flat.view(labels.shape)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, z_loss):
         narrow, wide = product_dtype(hidden), torch.promote_types(hidden.dtype, torch.float32)
         log_sum = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         chosen = torch.empty_like(log_sum)
@@ -29,6 +29,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_sum[rows] = torch.logsumexp(logits, dim=-1)
             chosen[rows] = logits.gather(-1, index[rows])[:, 0]
         ctx.save_for_backward(hidden, weight, labels, log_sum)
+        ctx.z_loss = z_loss
         return torch.where(labels != IGNORE, log_sum - chosen, 0)
 
     @staticmethod
@@ -42,12 +43,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         counted = labels != IGNORE
         index, grad = labels.where(counted, 0)[:, None], grad.where(counted, 0)[:, None]
         for rows in _blocks(hidden, weight):
-            # d nll / d logits = softmax - one_hot(label), in place of the logits
-            dlogits = _logits(hidden[rows], w).sub_(log_sum[rows, None]).exp_().mul_(grad[rows])
+            # d nll / d logits = softmax - one_hot(label), in place of the logits; d log_sum / d logits = softmax
+            into_softmax = grad[rows] * (1 + 2 * ctx.z_loss * log_sum[rows, None])
+            dlogits = _logits(hidden[rows], w).sub_(log_sum[rows, None]).exp_().mul_(into_softmax)
             dlogits = dlogits.scatter_add_(-1, index[rows], -grad[rows]).to(narrow)
             grad_hidden[rows] = dlogits @ w
             grad_weight += dlogits.T @ hidden[rows].to(narrow)
-        return grad_hidden, grad_weight.to(weight.dtype), None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -34,6 +36,23 @@ def test_blocks_of_any_size_equal_naive_and_torch_in_outputs_and_gradients(rows,
     for other in (lambda *a: cross_entropy(*a, backend="naive"), torchs_own):
         for a, b in zip(mine, results(other, *draw()), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_z_loss_is_in_the_gradients_and_not_in_the_value(monkeypatch):
+    monkeypatch.setattr(eager, "BLOCK_BYTES", 4 * 4 * VOCABULARY)
+    monkeypatch.setattr(eager, "LEAST_ROWS", 1)
+
+    def written_out(hidden, weight, labels):
+        log_sum = torch.logsumexp(hidden @ weight.T, dim=-1)
+        return torchs_own(hidden, weight, labels) + torch.where(labels != IGNORE, 0.3 * log_sum**2, 0)
+
+    value, *gradients = results(partial(cross_entropy, z_loss=0.3), *draw())
+    naive = results(partial(cross_entropy, z_loss=0.3, backend="naive"), *draw())
+    torch.testing.assert_close(value, torchs_own(*draw()), rtol=1e-9, atol=1e-9)
+    for mine, spelled, explicit in zip([value, *gradients], naive, results(written_out, *draw())):
+        torch.testing.assert_close(mine, spelled, rtol=1e-9, atol=1e-9)
+        if mine is not value:
+            torch.testing.assert_close(mine, explicit, rtol=1e-9, atol=1e-9)
 
 
 def test_a_block_has_at_least_so_many_rows_however_large_the_vocabulary(monkeypatch):
