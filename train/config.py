@@ -111,6 +111,8 @@ class Optim:
     """largest norm of the whole gradient; a larger one is scaled down to it"""
     z_loss: Rate = 0.0
     """weight of (log of the sum of exp(logits))^2 in the gradients, which keeps logits from drifting; not in the logged loss"""
+    moe_bias_rate: Rate = 1e-3
+    """step of the bias that balances the load of experts (no loss does); 0: it stays"""
 
 
 @dataclass(frozen=True, config=settings)

@@ -25,6 +25,7 @@ from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.strict_yaml import parse_yaml
 from train import checkpoint, files, launch, logs
+from train.balance import balance, expert_loads, load_figures
 from train.card import model_card
 from train.carried import Carried
 from train.config import RunConfig, dump
@@ -264,7 +265,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             watched: AbstractContextManager[dict[str, float]] = nullcontext({})
             if logs_now:
                 watched = mamba_statistics(bare, config.data.seq_len)
-            with watched as inside:
+            with watched as inside, expert_loads(bare, accelerator.reduce) as loads:
                 own = backward(model, batch, targets)
             nats = accelerator.reduce(own).item()
             norm = over_ranks(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
@@ -288,12 +289,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                     )
             else:
                 if logs_now:
-                    inside |= {f"grad_norm/{kind}": value for kind, value in gradient_norms(bare).items()}
+                    inside |= {f"grad_norm/{kind}": value for kind, value in gradient_norms(bare).items()} | load_figures(loads)
                 clip_grads_with_norm_(model.parameters(), config.optim.clip, norm)
                 for optimizer in optimizing:
                     for group in optimizer.param_groups:
                         group["lr"] = rate(step + 1)
                     optimizer.step()
+                balance(bare, loads, config.optim.moe_bias_rate)
                 if gathers_fp8:
                     scale_weights(bare)
                 spikes.accept(nats)

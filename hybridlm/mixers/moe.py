@@ -52,7 +52,7 @@ class Router(KeepsWide, nn.Module):
     """Which experts a token goes to, and with what weight.
 
     The experts of the highest score + bias are chosen; the weights are the scores alone, so the bias, which no gradient
-    reaches, moves load without moving the function.
+    reaches, moves load without moving the function. In training it moves after each step.
     """
 
     WIDE = ("e_score_correction_bias",)

@@ -63,6 +63,16 @@ def test_equals_the_layer_written_plainly_with_every_gradient(changes, mixer, ti
         torch.testing.assert_close(a, torch.zeros_like(p) if b is None else b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_token_is_dropped_whatever_the_load(grad, mixer, tiny_config):
+    m, x = mixer(), torch.randn(3, 40, 32, dtype=torch.float64)
+    m.gate.e_score_correction_bias.copy_(torch.tensor([0.0, 10, 0, 0, 10, 0]))
+    with torch.set_grad_enabled(grad):
+        y, _ = m(x, Context(), None)
+    assert m.gate(x.flatten(0, 1))[1].sort(-1).values.unique(dim=0).tolist() == [[1, 4]]  # all went the same way
+    torch.testing.assert_close(y, plainly(m, x.flatten(0, 1), tiny_config()).view_as(x), rtol=1e-9, atol=1e-9)
+
+
 def test_experts_without_a_token_still_get_a_gradient(mixer):
     m = mixer(num_experts_per_tok=1)
     m.gate.e_score_correction_bias.copy_(torch.tensor([10.0, 0, 0, 0, 0, 0]))
