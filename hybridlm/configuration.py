@@ -67,6 +67,8 @@ class HybridLMConfig(PreTrainedConfig):
             the projections into the residual stream is divided by the square root of the depth.
         recurrent_size: width of the state of `r`, `l` and `g`; None: hidden_size. rnn_activation: of `r`, tanh or relu.
         lstm_forget_bias: of `l` at initialisation: with 1, a state begins with keeping 73% of itself at each token.
+        attention_dropout, hidden_dropout: shares that are dropped in training mode alone: of the weights of attention, and of
+            what each layer adds to the residual stream. Stock transformers holds both, and drops the first alone.
         rope_theta: base of the rotary position embedding; None, as in Nemotron-H, for no position embedding.
         bidirectional: "sum" or "concat" for a model in which every token sees its whole document, for classification alone: each
             recurrent layer has a second mixer that reads from the end, and what the two give is added, or put side by side and
@@ -164,6 +166,11 @@ class HybridLMConfig(PreTrainedConfig):
     def label_names(self) -> list[str]:
         """The labels of a classifier, by their numbers."""
         return list(self.id2label.values())  # type: ignore[union-attr]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a pass in training mode draws random numbers."""
+        return self.attention_dropout > 0 or self.hidden_dropout > 0
 
     @property
     def recurrent_state_size(self) -> int:
@@ -361,9 +368,13 @@ def _faults(c: HybridLMConfig) -> list[str]:
     for name in [*flags, "norm_topk_prob"] if "E" in c.hybrid_override_pattern else flags:
         if not isinstance(getattr(c, name), bool):
             faults.append(f"{name} must be true or false; got {getattr(c, name)!r}.")
+    for name in ("attention_dropout", "hidden_dropout"):
+        share = getattr(c, name)
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share < 1:
+            faults.append(f"{name} must be a share of at least 0 and below 1; got {share!r}.")
     only = {
-        "tie_word_embeddings": False, "attention_dropout": 0, "hidden_dropout": 0, "mlp_hidden_act": "relu2",
-        "mamba_hidden_act": "silu", "mamba_ssm_cache_dtype": "float32", "residual_in_fp32": False,
+        "tie_word_embeddings": False, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "mamba_ssm_cache_dtype": "float32",
+        "residual_in_fp32": False,
     }  # fmt: skip
     faults += [
         f"{k} must be {v!r}, the only kind there is; got {getattr(c, k)!r}." for k, v in only.items() if getattr(c, k) != v

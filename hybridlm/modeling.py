@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,7 +28,7 @@ CPU_PIECE = 2048  # tokens of a long prompt that pass through a layer at a time:
 
 
 class Block(GradientCheckpointingLayer):
-    """x + mixer(norm(x)).
+    """x + mixer(norm(x)), in training with dropout of what is added, where configured.
 
     At inference a CPU takes a long input in pieces where the mixer can hand on its state.
 
@@ -39,13 +39,15 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, ops)
         self.mixer = build_mixer(symbol, config, ops)
+        self.dropout = config.hidden_dropout
 
     def forward(self, x: Tensor, context: Context, *state: Tensor) -> tuple[Tensor, ...]:
         piece = max(1, CPU_PIECE // x.shape[0])
         whole = context.seq_idx is not None or context.padding is not None or x.device.type != "cpu"
-        if not context.inference or whole or x.shape[1] <= piece or not self.mixer.hands_on:
+        drops = self.training and self.dropout > 0
+        if not context.inference or whole or x.shape[1] <= piece or not self.mixer.hands_on or drops:
             y, after = self.mixer(self.norm(x), context, state or None)
-            return x + y, *(after or ())
+            return x + (dropout(y, self.dropout) if drops else y), *(after or ())
         out = torch.empty_like(x)
         for now in (slice(i, i + piece) for i in range(0, x.shape[1], piece)):
             y, after = self.mixer(self.norm(x[:, now]), context, state or None)

@@ -210,7 +210,7 @@ class RunConfig:
     run_dir: str
     """folder of this run: configuration, metrics, checkpoints, model"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """of the initial weights and the order of the data"""
+    """of the initial weights, the order of the data and the masks of dropout"""
     model: Model = field(default_factory=Model)
     ops: Ops = field(default_factory=Ops)
     data: Data = field(default_factory=Data)

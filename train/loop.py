@@ -32,7 +32,7 @@ from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import batches
 from train.objective import Loss, objective
-from train.optim import batch_size, cut, learning_rate, micro_batches, optimizers, row_length, samples_by, stages
+from train.optim import batch_size, cut, learning_rate, mask_seed, micro_batches, optimizers, row_length, samples_by, stages
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
 from train.setup import (
@@ -209,6 +209,9 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             """Adds to the gradients those of this rank's part of the batch; its part of the loss."""
             total = torch.zeros((), device=accelerator.device)
             for i, inputs in enumerate(batch):
+                if bare.config.has_dropout:
+                    first = rows_of(batch_size(config, step + 1))[i].start
+                    torch.manual_seed(mask_seed(config.seed, step + 1, first))
                 own = module is bare or i == len(batch) - 1
                 with nullcontext() if own else accelerator.no_sync(model):
                     with accelerator.autocast():  # not of backward: it would narrow once more what is fp32 on purpose

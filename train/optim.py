@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from itertools import groupby
 
 import torch
@@ -54,6 +55,12 @@ def learning_rate(optim: Optim, schedule: Schedule, steps: int) -> Callable[[int
     # Without a decay the last step is like those before it; the library would have it at the least rate.
     last = steps if decay else steps - 1
     return lambda step: optim.lr * (multiplier(min(step, last)) if warmup < steps else step / steps)
+
+
+def mask_seed(seed: int, step: int, row: int) -> int:
+    """Of the dropout masks of a micro-batch that begins with this row of the global batch: ranks draw other masks than each
+    other, and a run that goes on draws those of one that was never cut off."""
+    return int.from_bytes(sha256(f"dropout {seed} {step} {row}".encode()).digest()[:8], "little")
 
 
 def batch_size(config: RunConfig, step: int) -> int:

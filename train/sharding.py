@@ -87,9 +87,8 @@ def recompute(model: AnyModel, kinds: str) -> None:
     """Has the blocks of these kinds (pattern symbols) keep only their input, and compute the rest again in backward."""
     for symbol, block in zip(model.config.hybrid_override_pattern, blocks(model), strict=True):
         block.gradient_checkpointing = symbol in kinds
-        # Nothing in a block is random.
         block._gradient_checkpointing_func = partial(  # type: ignore[assignment]
-            checkpoint, use_reentrant=False, preserve_rng_state=False
+            checkpoint, use_reentrant=False, preserve_rng_state=model.config.has_dropout
         )
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -41,13 +42,14 @@ class Attention(nn.Module):
         if state is not None:
             kept = extend(state[0], k, context), extend(state[1], v, context)
             k, v = (m[:, :, : context.past + x.shape[1]] for m in kept)
+        dropout = self.config.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "sdpa":
             with without_autocast(x):  # q, k and v have its dtype, or a wider one on purpose
-                y = sdpa(q, k, v, context, self.is_causal)
+                y = sdpa(q, k, v, context, self.is_causal, dropout)
             return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype)), kept
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         wanted = {"output_attentions": True} if context.attentions is not None else {}
-        y, weights = attend(self, q, k, v, context.mask, dropout=0.0, scaling=self.head_dim**-0.5, **wanted)
+        y, weights = attend(self, q, k, v, context.mask, dropout=dropout, scaling=self.head_dim**-0.5, **wanted)
         if context.attentions is not None and weights is not None:
             context.attentions.append(weights)
         return self.o_proj(y.flatten(2)), kept
@@ -70,24 +72,24 @@ def extend(kept: Tensor, new: Tensor, context: Context) -> Tensor:
     return kept
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, context: Context, causal: bool = True) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, context: Context, causal: bool = True, dropout: float = 0.0) -> Tensor:
     """q (b h t d), k and v (b g s d) -> (b h t d): causal or not, or as the mask says; packed documents each by itself."""
     q, k, v = (m.to(product_dtype(m)) for m in (q, k, v))
     if context.documents is not None:
-        attend = partial(scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+        attend = partial(scaled_dot_product_attention, is_causal=causal, enable_gqa=True, dropout_p=dropout)
         rows = zip(*(m.unbind() for m in (q, k, v)), context.documents, strict=True)
         parts = [[m.split(lengths, dim=1) for m in row] for *row, lengths in rows]
         return torch.stack([torch.cat([attend(*document) for document in zip(*row, strict=True)], dim=1) for row in parts])
-    if q.shape[2] > 1 or context.mask is not None or q.element_size() < 4:
+    if q.shape[2] > 1 or context.mask is not None or q.element_size() < 4 or dropout:
         alone = causal and context.mask is None and q.shape[2] > 1
-        return scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=alone, enable_gqa=True)
+        return scaled_dot_product_attention(q, k, v, context.mask, dropout, is_causal=alone, enable_gqa=True)
     # One token: the heads of a group in one product with its keys, which are read once. Its scores would not be fp32 in bf16.
     by_group = q.reshape(*k.shape[:2], -1, q.shape[-1]) * q.shape[-1] ** -0.5
     return ((by_group @ k.mT).softmax(-1) @ v).view(q.shape)
 
 
 def eager_attention(
-    module: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, **kwargs
+    module: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, dropout: float, **kwargs
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, so that its weights (b h t s) can be looked at; softmax in at least fp32."""
     k, v = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (k, v))
@@ -95,6 +97,7 @@ def eager_attention(
     if mask is not None:
         scores = scores + mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    weights = drop(weights, dropout) if dropout else weights
     return (weights @ v).transpose(1, 2), weights
 
 

@@ -28,7 +28,7 @@ def test_all_broken_relations_come_in_one_message(tiny_config):
     with pytest.raises(ValueError) as error:
         tiny_config(
             **{"n_groups": 4, "num_key_value_heads": 3, "head_dim": 7, "rope_theta": 1e4, "time_step_min": 0.5},
-            **{"time_step_limit": [1.0, 0.5], "hidden_dropout": 0.1, "tie_word_embeddings": True, "mlp_hidden_act": "gelu"},
+            **{"time_step_limit": [1.0, 0.5], "hidden_dropout": 1.0, "tie_word_embeddings": True, "mlp_hidden_act": "gelu"},
         )
     message = str(error.value)
     relations = ("6 heads and 4 groups", "num_key_value_heads; got 4 and 3", "head_dim even", "time_step_min must not exceed")
@@ -56,7 +56,9 @@ def test_all_broken_relations_come_in_one_message(tiny_config):
         {"time_step_limit": None},
         {"time_step_limit": ["a", "b"]},
         {"use_bias": "no"},
-        {"attention_dropout": 0.1},
+        {"attention_dropout": -0.1},
+        {"attention_dropout": True},
+        {"hidden_dropout": math.nan},
         {"residual_in_fp32": True},
         {"mamba_ssm_cache_dtype": "bfloat16"},
         {"mamba_hidden_act": "relu"},

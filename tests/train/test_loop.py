@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausal
 from hybridlm import HybridLMForCausalLM
 from hybridlm.data.blend import Blend
 from hybridlm.flops import training_flops
+from tests.train.conftest import SHAPE
 from train import checkpoint
 from train.config import dump
 from train.loop import train
@@ -133,6 +134,28 @@ def test_a_run_cut_off_between_checkpoints_ends_as_if_nothing_had_happened(make_
     assert_same_end(whole, cut)
     assert [line["loss"] for line in lines(whole)] == [line["loss"] for line in lines(cut)]
     assert lines(whole, "val_loss") == lines(cut, "val_loss")
+
+
+def test_dropout_goes_on_with_the_masks_that_it_had_whatever_else_draws_random_numbers(make_config, tmp_path):
+    shape = SHAPE | {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    common = {"model__config": shape, "train__micro_batch": 2, "train__recompute": "M", "log__sample_tokens": 0}
+    common |= {"train__steps": 3, "train__checkpoint_every": 2}
+    whole, cut = make_config(**common), make_config(**common, run_dir=str(tmp_path / "cut"))
+
+    def drawing(model, batch):
+        nats = next_token_loss(model, batch)
+        torch.rand(1)
+        return nats
+
+    def crash():
+        raise KeyboardInterrupt
+
+    train(whole, loss=drawing)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, loss=after(5, crash))
+    train(cut)
+    assert all(torch.equal(tensor, weights(cut)[name]) for name, tensor in weights(whole).items())
+    assert [line["loss"] for line in lines(whole)] == [line["loss"] for line in lines(cut)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

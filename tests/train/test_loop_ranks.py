@@ -74,6 +74,18 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_exit_0(make_confi
     assert [(sign["state"], sign["step"]) for sign in signs] == [("done", 4), ("done", 4)]
 
 
+def test_ranks_draw_the_masks_that_one_draws_for_the_same_rows(make_config, run_ranks):
+    common = {"model__config": SHAPE | {"hidden_dropout": 0.3}, "train__steps": 2, "log__sample_tokens": 0}
+    two = make_config(**common)
+    one = make_config(**common, train__micro_batch=2, run_dir=two.run_dir + "-one")
+    ended = run_ranks(2, start(two))
+    assert [end.status for end in ended] == [0, 0], ended
+    train_run(one)
+    files = [(Path(config.run_dir) / "metrics.jsonl").read_text().splitlines() for config in (one, two)]
+    a, b = ([line["loss"] for line in map(json.loads, file) if "loss" in line] for file in files)
+    assert a == pytest.approx(b, abs=1e-5)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other_with_its_name(make_config, run_ranks, rank):

@@ -8,6 +8,7 @@ from train.optim import (
     batch_size,
     cut,
     learning_rate,
+    mask_seed,
     micro_batches,
     optimizers,
     parameter_groups,
@@ -134,3 +135,8 @@ def test_a_window_is_cut_into_rows_of_the_same_tokens_in_order():
     rows = cut(batch, 4)
     assert rows["targets"].tolist()[3] == [12, 13, 14, 15] and rows["logits"].shape == (6, 4, 3)
     assert torch.equal(rows["targets"].flatten(), torch.arange(24)) and rows["logits"][5, 3, 2] == 71
+
+
+def test_masks_have_a_seed_of_their_own_for_each_seed_step_and_row():
+    seeds = [mask_seed(seed, step, row) for seed in (0, 1) for step in (1, 2, 11) for row in (0, 1, 10)]
+    assert len(set(seeds)) == len(seeds) and seeds[0] == mask_seed(0, 1, 0)
