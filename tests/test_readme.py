@@ -36,6 +36,7 @@ RULES = [
         SHORT.replace("--model.config configs/model/tiny.yaml", ""),
     ),
     ("python -m train tokenizer", ""),
+    ("python -m train merge", ""),
     ("python -m train prepare", ""),
     ("python -m train status", ""),
     ("python -m train compress", SHORT.replace("--model.config configs/model/tiny.yaml", "") + SMALL_SEARCH),

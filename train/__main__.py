@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
-from train import compress, distill, prepare, status, tokenizer
+from train import compress, distill, merge, prepare, status, tokenizer
 from train.command_line import parse_command_line
 from train.config import RunConfig, dump
 from train.logs import to_terminal
@@ -21,6 +21,7 @@ LAST_WORD = 5.0  # seconds after which a rank that failed speaks, should the fir
 COMMANDS = {
     "compress": compress.main,
     "distill": distill.main,
+    "merge": merge.main,
     "prepare": prepare.main,
     "status": status.main,
     "tokenizer": tokenizer.main,

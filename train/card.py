@@ -1,5 +1,6 @@
 """The model card: what a folder holds, in the words of the hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,9 @@ from hybridlm.pattern import SYMBOLS
 from hybridlm.twin import active_parameters, count_parameters
 from train.config import RunConfig, dump
 from train.validation import figures
+
+# Of a language model, and of a classifier: the task, and how the Auto class goes on.
+TASKS = (("text-generation", "CausalLM"), ("text-classification", "SequenceClassification"))
 
 
 def model_card(config: RunConfig, model: AnyModel, data: str, step: int, tokens: int, validation: dict[str, Any] | None) -> str:
@@ -28,18 +32,11 @@ def model_card(config: RunConfig, model: AnyModel, data: str, step: int, tokens:
     begun = f" from the weights of `{config.model.init_from}`" if config.model.init_from else ""
     teacher = config.distill.teacher or config.distill.logits
     begun += f", distilled from `{teacher}`," if teacher else ""
-    task, auto, what = ("text-classification", "SequenceClassification", "A classifier") if labels else (
-        "text-generation", "CausalLM", "A language model"
-    )  # fmt: skip
-    legend = ", ".join(f"{symbol} {kind}" for symbol, kind in SYMBOLS.items() if symbol in shape.hybrid_override_pattern)
+    (task, auto), what = TASKS[bool(labels)], "A classifier" if labels else "A language model"
     head = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=[
-            "hybrid",
-            *["mamba2"] * ("M" in shape.hybrid_override_pattern),
-            "nemotron_h" if shape.is_nemotron_h else "hybridlm",
-        ],
+        tags=tags(shape),
         model_name=name,
         eval_results=[
             EvalResult(task, "text", data, metric, validation[metric], dataset_split="validation", metric_name=words)
@@ -56,8 +53,7 @@ def model_card(config: RunConfig, model: AnyModel, data: str, step: int, tokens:
 
 # {name}
 
-{what}{labels} of {total:,} parameters{experts}. Layers: `{shape.hybrid_override_pattern}`
-({legend}).
+{what}{labels} of {total:,} parameters{experts}. {layers(shape)}
 
 Trained with hybridlm{begun} for {step:,} of {config.train.steps:,} steps, {tokens:,} tokens
 in windows of {config.data.seq_len:,}, on {data}.
@@ -68,12 +64,7 @@ in windows of {config.data.seq_len:,}, on {data}.
 
 ## Use
 
-```python
-from transformers import AutoModelFor{auto}, AutoTokenizer
-{"" if shape.is_nemotron_h else "import hybridlm  # which stock transformers cannot hold"}
-model = AutoModelFor{auto}.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
+{usage(shape, auto)}
 
 ## Settings
 
@@ -95,3 +86,54 @@ def evaluation(validation: dict[str, Any] | None, data: str, config: RunConfig) 
         + ", ".join(f"{validation[name]:.4f} {unit}" for name, unit in figures(config).items())
         + "."
     )
+
+
+def merged_card(shape: HybridLMConfig, kind: str, name: str, total: int, merged: Sequence[str]) -> str:
+    """The README.md of a folder whose weights are the mean of several.
+
+    Args:
+        kind: the class of the model. total: parameters. merged: what the models are called.
+    """
+    names = "\n".join(f"- `{one}`" for one in merged)
+    task, auto = TASKS[kind.endswith("ForSequenceClassification")]
+    head = ModelCardData(library_name="transformers", pipeline_tag=task, tags=[*tags(shape), "merge"], model_name=name)
+    return f"""---
+{head.to_yaml()}
+---
+
+# {name}
+
+The plain mean of the weights of {len(merged)} models of {total:,} parameters, made with hybridlm. {layers(shape)}
+
+Merged:
+
+{names}
+
+## Evaluation
+
+Not evaluated yet.
+
+## Use
+
+{usage(shape, auto)}
+"""
+
+
+def tags(shape: HybridLMConfig) -> list[str]:
+    family = "nemotron_h" if shape.is_nemotron_h else "hybridlm"
+    return ["hybrid", *["mamba2"] * ("M" in shape.hybrid_override_pattern), family]
+
+
+def layers(shape: HybridLMConfig) -> str:
+    legend = ", ".join(f"{symbol} {kind}" for symbol, kind in SYMBOLS.items() if symbol in shape.hybrid_override_pattern)
+    return f"Layers: `{shape.hybrid_override_pattern}`\n({legend})."
+
+
+def usage(shape: HybridLMConfig, auto: str) -> str:
+    """How to open it with `AutoModelFor{auto}`."""
+    return f"""```python
+from transformers import AutoModelFor{auto}, AutoTokenizer
+{"" if shape.is_nemotron_h else "import hybridlm  # which stock transformers cannot hold"}
+model = AutoModelFor{auto}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""

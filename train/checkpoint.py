@@ -111,8 +111,7 @@ def write(run_dir: Path, shot: Snapshot, group: ProcessGroup | None = None) -> P
     content |= {name: {key: shot.optimizer[key] for key in keys} for name, keys in optimizer.filename_to_tensors.items()}
     small = {f"model/{name}": data for name, data in shot.sidecars.items()}
     if weights.is_sharded:
-        index = {"metadata": weights.metadata, "weight_map": weights.tensor_to_filename}
-        small[f"model/{SAFE_WEIGHTS_INDEX_NAME}"] = json.dumps(index, indent=2).encode()
+        small[f"model/{SAFE_WEIGHTS_INDEX_NAME}"] = tensor_files.shard_index(weights)
     try:
         together(group, lambda: _begin(unfinished) if main else None)
         together(group, lambda: _look_for(unfinished))

@@ -13,7 +13,7 @@ from train.config import BlendEntry, Config, RunConfig, fault_list, leaves, pars
 def argument_parser() -> argparse.ArgumentParser:
     parser = settings_parser(RunConfig)
     parser.prog, parser.description = "python -m train", "Train a model. Settings come from the file, then from the command line."
-    parser.epilog = "other jobs: python -m train {prepare,tokenizer,distill,compress,status} --help"
+    parser.epilog = "other jobs: python -m train {prepare,tokenizer,distill,compress,merge,status} --help"
     parser.add_argument(
         "--resume",
         metavar="auto|never|PATH",

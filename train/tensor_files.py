@@ -99,6 +99,11 @@ def split(parts: Mapping[str, Part], name: str) -> StateDictSplit:
     )
 
 
+def shard_index(shards: StateDictSplit) -> bytes:
+    """The file that says which tensor is in which of several files."""
+    return json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}, indent=2).encode()
+
+
 def fingerprint(parts: Mapping[str, Part], group: ProcessGroup | None) -> str:
     """The sha256 of names, shapes, dtypes and digests of tensors: the same for any number of ranks that share them. All ranks
     of the group must call it."""
@@ -151,10 +156,10 @@ def _write_one_each(
     rank, ranks = place(group)
     sending: list[Work | None] = []
     for owner, tensors in enumerate(content.values()):
-        for tag, (_, one) in enumerate(_in_order(tensors)):
+        for tag, (_, one) in enumerate(in_order(tensors)):
             first, end = one.stretch(rank, ranks)
             if owner != rank and end > first:
-                sending.append(distributed.isend(_flat(one.local), group=group, group_dst=owner, tag=tag))
+                sending.append(distributed.isend(flat(one.local), group=group, group_dst=owner, tag=tag))
     digests = {}
     try:
         for name in list(content)[rank : rank + 1]:
@@ -173,19 +178,24 @@ def _safetensors(tensors: Mapping[str, Part], buffer: Tensor, group: ProcessGrou
     """A safetensors file in blocks, each good until the next. The library's own writer copies all tensors into one and keeps
     Python, and so the training beside it, waiting meanwhile.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, one in _in_order(tensors):
-        header[name] = {"dtype": DTYPES[one.local.dtype], "shape": list(one.shape), "data_offsets": [end, end + one.nbytes]}
-        end += one.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tag, (_, one) in enumerate(_in_order(tensors)):
+    yield header(tensors)
+    for tag, (_, one) in enumerate(in_order(tensors)):
         yield _gather(one, buffer, tag, group).numpy().data
 
 
-def _in_order(tensors: Mapping[str, Part]) -> list[tuple[str, Part]]:
+def header(tensors: Mapping[str, Part]) -> bytes:
+    """What a safetensors file begins with; the bytes of its tensors follow, `in_order`."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, one in in_order(tensors):
+        entries[name] = {"dtype": DTYPES[one.local.dtype], "shape": list(one.shape), "data_offsets": [end, end + one.nbytes]}
+        end += one.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def in_order(tensors: Mapping[str, Part]) -> list[tuple[str, Part]]:
     """The widest first, so that each stays aligned to its own width."""
     return sorted(tensors.items(), key=lambda item: (-item[1].local.element_size(), item[0]))
 
@@ -194,7 +204,7 @@ def _gather(one: Part, buffer: Tensor, tag: int, group: ProcessGroup | None) -> 
     """The bytes of a whole tensor: the rank's own, or in `buffer`."""
     rank, ranks = place(group)
     stretches = [one.stretch(i, ranks) for i in range(ranks)]
-    own, width = _flat(one.local), one.local.element_size()
+    own, width = flat(one.local), one.local.element_size()
     if stretches[rank] == (0, one.size):
         assert len(own) == one.nbytes, "a part of a tensor, and no group to get the others from"
         return own
@@ -215,7 +225,7 @@ def _wait(works: list[Work | None]) -> None:
         work.wait()
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """The bytes of a tensor on the CPU, in the order of its elements."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
