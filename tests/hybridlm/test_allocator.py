@@ -1,27 +1,34 @@
+import multiprocessing
 import platform
-import subprocess
-import sys
+import resource
 
 import pytest
+import torch
 
-PAGES_OF_THE_LAST_TENSOR = """
-import resource, sys, torch
 from hybridlm.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
+
+
+def pages_of_the_last_tensor():
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def before_and_after(results):
+    handed_back = pages_of_the_last_tensor()
     keep_freed_memory()
-pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    before = pages()
-    torch.ones(2**24)  # 64 MB
-print(pages() - before)
-"""
+    results.put((handed_back, pages_of_the_last_tensor()))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept():
-    """In processes of their own: it cannot be undone."""
-    run = [sys.executable, "-c", PAGES_OF_THE_LAST_TENSOR]
-    handed_back, kept = (
-        int(subprocess.run([*run, how], capture_output=True, text=True, check=True).stdout) for how in ("default", "keep")
-    )
+    """In a process of its own: it cannot be undone."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=before_and_after, args=(results,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    handed_back, kept = results.get()
     assert kept < 100 < handed_back

@@ -2,8 +2,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -352,31 +350,30 @@ def test_a_resumed_run_does_not_need_what_it_was_initialised_from(make_config, t
     assert lines(make_config(**second))[-1]["step"] == 8
 
 
-def test_two_processes_train_as_one_does(make_config, tmp_path):
+def test_two_processes_train_as_one_does(make_config, tmp_path, run_ranks):
     one, two = make_config(), make_config(run_dir=str(tmp_path / "two"))
+    for ended in run_ranks(2, lambda rank: train(two)):
+        assert ended.status == 0, ended.err
     train(one)
-    (tmp_path / "two.yaml").write_text(dump(two))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "--config", tmp_path / "two.yaml"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss"):
         a, b = lines(one, key), lines(two, key)
         assert [x["step"] for x in a] == [x["step"] for x in b]
         assert [x[key] for x in a] == pytest.approx([x[key] for x in b], abs=1e-5)
 
 
-def test_wandb_without_a_key_is_offline_and_asks_nothing(make_config, tmp_path):
+def test_wandb_without_a_key_is_offline_and_asks_nothing(make_config, tmp_path, run_ranks):
     config = make_config(log__wandb=True, train__steps=2)
-    (tmp_path / "run.yaml").write_text(dump(config))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
-        "HOME": str(tmp_path),
-        "NETRC": str(tmp_path),
-    }
-    command = [sys.executable, "-m", "train", "--config", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "offline" in done.stdout
+
+    def work(rank):
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for name in [name for name in os.environ if name.startswith("WANDB")]:
+            del os.environ[name]
+        os.environ |= {"HOME": str(tmp_path), "NETRC": str(tmp_path)}
+        train(config)
+
+    (ended,) = run_ranks(1, work)
+    assert ended.status == 0, ended.err
+    assert "offline" in ended.out
     assert list(Path(config.run_dir).glob("wandb/offline-run-*"))
 
 
