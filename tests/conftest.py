@@ -3,12 +3,6 @@
 from statistics import median
 
 import pytest
-import torch
-
-import hybridlm.cli.verify  # noqa: F401  imports stock transformers' model without GPU kernels, which it would call on the CPU too
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
-
-torch.set_num_threads(1)
 
 # Every kind of layer, 1 < groups < heads, 1 < KV heads < query heads, odd sizes; a wide init makes every layer matter.
 TINY = {
@@ -34,6 +28,15 @@ TINY = {
 WITH_EXPERTS = "MEM*-ME"
 
 
+def pytest_collectstart():
+    """Not when this file is read, which the process that hands out the tests does too: it would import torch for nothing."""
+    import torch
+
+    import hybridlm.cli.verify  # noqa: F401  imports stock transformers' model without GPU kernels, which it would call on the CPU too
+
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     """The longest first: with several processes none is left with it at the end while the others wait."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
@@ -47,12 +50,17 @@ def tiny():
 
 @pytest.fixture
 def tiny_config():
+    from hybridlm import HybridLMConfig
+
     return lambda **changes: HybridLMConfig(**TINY | changes)
 
 
 @pytest.fixture
 def tiny_model(tiny_config):
     """Builds the tiny model, always with the same weights."""
+    import torch
+
+    from hybridlm import HybridLMForCausalLM
 
     def build(backend="auto", **changes):
         torch.manual_seed(0)
@@ -64,6 +72,8 @@ def tiny_model(tiny_config):
 @pytest.fixture
 def draw_ids():
     """Token ids (b t) without the special ones, the same for the same seed."""
+    import torch
+
     return lambda b, t, seed=0: torch.randint(3, TINY["vocab_size"], (b, t), generator=torch.Generator().manual_seed(seed))
 
 
