@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from transformers.utils import logging as transformers_logging
 
 from hybridlm.allocator import keep_freed_memory
-from train import compress, distill, merge, prepare, status, tokenizer
+from train import compress, distill, merge, prepare, status, sweep, tokenizer
 from train.command_line import parse_command_line
 from train.config import RunConfig, dump
 from train.logs import to_terminal
@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": merge.main,
     "prepare": prepare.main,
     "status": status.main,
+    "sweep": sweep.main,
     "tokenizer": tokenizer.main,
 }
 

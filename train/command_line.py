@@ -13,7 +13,7 @@ from train.config import BlendEntry, Config, RunConfig, fault_list, leaves, pars
 def argument_parser() -> argparse.ArgumentParser:
     parser = settings_parser(RunConfig)
     parser.prog, parser.description = "python -m train", "Train a model. Settings come from the file, then from the command line."
-    parser.epilog = "other jobs: python -m train {prepare,tokenizer,distill,compress,merge,status} --help"
+    parser.epilog = "other jobs: python -m train {prepare,tokenizer,distill,compress,merge,sweep,status} --help"
     parser.add_argument(
         "--resume",
         metavar="auto|never|PATH",
@@ -32,7 +32,7 @@ def settings_parser(kind: type[Config]) -> argparse.ArgumentParser:
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     group = parser.add_argument_group("settings (type, default)")
     for name, info in leaves(kind):
-        default = "required" if info.is_required() else f"default {info.default}"
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)}"
         group.add_argument(
             f"--{name}", metavar="V", help=f"{info.description.replace('%', '%%')}\n({_type_name(info)}, {default})"
         )
@@ -92,8 +92,10 @@ def _type_name(info: Any) -> str:
             return "|".join(get_args(annotation))
         if get_origin(annotation) in (list, tuple):
             return f"list of {name(get_args(annotation)[0])}"
+        if get_origin(annotation) is dict:
+            return "mapping"
         if get_origin(annotation) in (Union, UnionType):
             return " | ".join(name(a) for a in get_args(annotation))
-        return {type(None): "null", dict[str, Any]: "mapping", BlendEntry: "mapping"}.get(annotation) or annotation.__name__
+        return {type(None): "null", BlendEntry: "mapping"}.get(annotation) or annotation.__name__
 
     return name(info.annotation)

@@ -8,7 +8,6 @@ are cut out, scored and timed; a short distillation of the best few, and the who
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from train.compress_search import Found, Row, Work, best_candidates, open_work, 
 from train.config import Model, RunConfig, dump
 from train.optim import samples_by
 from train.run import changes, last_line, lock, refuse_foreign
+from train.signals import terminated_as_interrupted
 from train.trainings import train_all
 
 PHASES = ("importance", "search", "short distillation", "training", "evaluation")
@@ -49,15 +49,13 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(dump(config), end="")
         return 0
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else trainings would go on without this process
     try:
-        compress(config, arguments.launcher)
+        with terminated_as_interrupted():
+            compress(config, arguments.launcher)
     except KeyboardInterrupt as error:
         why = f": {error}" if error.args else ""
         print(f"interrupted{why}; what is finished is kept, and the same command goes on", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

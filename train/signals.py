@@ -10,6 +10,16 @@ SAME = 2.0  # seconds in which a second signal is the first one again: a termina
 
 
 @contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM too raises KeyboardInterrupt: else processes that this one has started would go on without it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Gives `received()`: whether Ctrl-C (SIGINT) or SIGTERM has asked to stop, which the loop does after the step at hand.
 

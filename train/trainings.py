@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,12 +18,19 @@ from train.run import last_line
 POLL = 0.3  # seconds
 
 
-def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> None:
+def succeeded(run: RunConfig, status: int) -> bool:
+    return status == 0
+
+
+def train_all(
+    runs: list[RunConfig], told: str, launcher: str | None = None, fine: Callable[[RunConfig, int], bool] = succeeded
+) -> None:
     """Trains what is not trained to its end yet; beside the directory of each run are its settings and what it printed.
     Interrupted, the trainings at work save and stop; the same call goes on.
 
     Args:
         launcher: what starts each of them in the place of Python, one at a time.
+        fine: is told of each training that ended, with its exit status; whether the others go on.
 
     Raises:
         ChildProcessError: one failed.
@@ -31,29 +39,34 @@ def train_all(runs: list[RunConfig], told: str, launcher: str | None = None) -> 
     at_once = 1 if torch.cuda.is_available() or launcher else min(2, cores)
     waiting = deque(run for run in runs if not is_done(run))
     running: dict[str, subprocess.Popen] = {}
+    named = {run.run_dir: run for run in runs}
+    excused = set()  # those that failed, and the others go on
     for run in waiting:
         settings_file(run).parent.mkdir(parents=True, exist_ok=True)
         settings_file(run).write_text(dump(run), encoding="utf-8")
-    total, before = sum(run.train.steps for run in runs), sum(map(steps_done, runs))
-    with tqdm(total=total, initial=before, desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+    total, done = sum(run.train.steps for run in runs), {name: steps_done(run) for name, run in named.items()}
+    with tqdm(total=total, initial=sum(done.values()), desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     run = waiting.popleft()
                     running[run.run_dir] = start(run, max(1, cores // at_once), launcher)
                 time.sleep(POLL)
-                for name in [name for name, process in running.items() if process.poll() is not None]:
-                    if running.pop(name).returncode:
-                        raise ChildProcessError(
-                            f"the training {name} failed; {name}.log says why{last_error(Path(f'{name}.log'))}"
-                        )
-                bar.update(sum(map(steps_done, runs)) - bar.n)
+                ended = [name for name, process in running.items() if process.poll() is not None]
+                done |= {name: steps_done(named[name]) for name in running}  # of the others it does not change
+                for name in ended:
+                    status = running.pop(name).returncode
+                    if not fine(named[name], status):
+                        raise ChildProcessError(f"the training {name} failed; {name}.log says why{last_error(named[name])}")
+                    if status:
+                        excused.add(name)
+                bar.update(sum(done.values()) - bar.n)
         finally:
             for process in running.values():
                 process.terminate()  # it saves
             for process in running.values():
                 process.wait()
-    if unfinished := [run.run_dir for run in runs if not is_done(run)]:
+    if unfinished := [run.run_dir for run in runs if run.run_dir not in excused and not is_done(run)]:
         raise KeyboardInterrupt(f"{', '.join(unfinished)} stopped before the end")
 
 
@@ -68,9 +81,9 @@ def start(run: RunConfig, threads: int, launcher: str | None) -> subprocess.Pope
         return subprocess.Popen(command, env=limited | os.environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
-def last_error(log: Path) -> str:
+def last_error(run: RunConfig) -> str:
     """It may stand between the progress of another process: of a call that was killed, the training is still at work."""
-    _, found, text = log.read_text(errors="replace").rpartition("error: ")
+    _, found, text = Path(f"{run.run_dir}.log").read_text(errors="replace").rpartition("error: ")
     return ": " + text.partition("\n")[0] if found else "."
 
 
