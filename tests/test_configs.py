@@ -30,6 +30,7 @@ from train.compress_config import CompressConfig, axes
 from train.config import RunConfig, Train, dump, parse, schema
 from train.loop import train
 from train.optim import learning_rate
+from train.sweep_config import SweepConfig, table_of_runs
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for file in (ROOT / "configs").rglob("*.*") if "experiments" not in file.parts and file.suffix != ".py")
@@ -38,6 +39,7 @@ ACCELERATE = [file for file in FILES if file.parent.name == "accelerate"]
 LAUNCH = [file for file in FILES if file.parent.name == "launch"]
 COMPRESSIONS = [file for file in FILES if file.parent.name == "compress"]
 RUNS = [file for file in FILES if file not in SHAPES + ACCELERATE + LAUNCH + COMPRESSIONS]
+SWEEPS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 PAPER = [file for file in RUNS if file.name.startswith("nemotron-h-")]
 
 
@@ -76,13 +78,31 @@ def test_a_compression_parses_and_begins_with_a_run_of_configs(file):
     assert tokens[0] <= 0.15 * tokens[1]
 
 
+@every(SWEEPS)
+def test_the_rows_of_a_sweep_parse_and_are_what_they_count(file):
+    config, _ = parse_command_line(["--config", str(file)], settings_parser(SweepConfig), SweepConfig)
+    assert parse(yaml.safe_load(dump(config)), SweepConfig) == config
+    rows = table_of_runs(config)
+    for row in rows:
+        assert parse(yaml.safe_load(dump(row.runs[0]))) == row.runs[0]
+        if row.parameters is not None:
+            assert on_meta(HybridLMConfig.from_strict_dict(row.runs[0].model.config)) == row.parameters
+    if config.sweep.equal_parameters:
+        assert max(row.parameters for row in rows) <= 1.01 * min(row.parameters for row in rows)
+
+
 @every(SHAPES)
 def test_a_shape_builds_to_the_parameters_that_are_counted(file):
     config = HybridLMConfig.from_strict_dict(load_yaml(file))
+    assert on_meta(config) == count_parameters(config)
+
+
+def on_meta(config):
+    """Parameters of the model, which takes no memory."""
     with torch.device("meta"):
         backbone = HybridLMModel(config)
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    assert sum(p.numel() for p in backbone.parameters()) + head == count_parameters(config)
+    return sum(p.numel() for p in backbone.parameters()) + head
 
 
 @every(RUNS)

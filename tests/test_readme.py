@@ -43,6 +43,7 @@ RULES = [
     ("python -m train prepare", ""),
     ("python -m train status", ""),
     ("python -m train compress", SHORT.replace("--model.config configs/model/tiny.yaml", "") + SMALL_SEARCH),
+    ("python -m train sweep", SHORT + " --grid optim.lr=1e-3 seed=0"),  # a training is a process, which takes its time to begin
     ("python -m train", SHORT),
     ("torchrun --nproc_per_node 2 -m train", SHORT + " --data.source my-text.txt"),
     ("accelerate launch -m train", SHORT + " --data.source my-text.txt"),

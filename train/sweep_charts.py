@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from hybridlm.pages.charts import THEMES, short_name
 from train.compress_charts import spread_out, styles
+from train.sweep_config import short_names
 from train.sweep_report import Result, best_of, shown
 
 THEME = THEMES["light"]
@@ -40,23 +41,25 @@ def last_losses(axes: Axes, found: list[Result], unit: str) -> None:
     best = best_of(found)
     if best:
         axes.axvline(best["val_loss"], color=COLOURS[-1], ls="--", lw=1)
-    values = []
     for place, (entry, look) in enumerate(zip(found, styles(COLOURS))):
         seeds = [run["val_loss"] for run in entry["runs"].values() if run["val_loss"] is not None]
-        values += seeds
         axes.plot(seeds, [place] * len(seeds), "o", ms=3, color=look["color"], alpha=0.4, mew=0)
         if seeds:
             mark = {"color": look["color"], "marker": look["marker"]}
-            axes.errorbar(entry["val_loss"], place, xerr=entry["stderr"], ms=7, capsize=3, lw=1.5, **mark)
-        elif any(run["state"] == "diverged" for run in entry["runs"].values()):
-            axes.text(0.5, place, "diverged", transform=axes.get_yaxis_transform(), ha="center", va="center", color=COLOURS[-1])
+            axes.errorbar(entry["val_loss"], place, xerr=entry["stderr"], ms=6, capsize=4, lw=1.5, **mark)
+        states = [run["state"] for run in entry["runs"].values()]
+        if "diverged" in states:
+            text = f"{states.count('diverged')} of {len(states)} diverged"
+            where = axes.transData if seeds else axes.get_yaxis_transform()
+            at = (entry["val_loss"] if seeds else 0.5, place + (0.38 if seeds else 0))
+            axes.text(*at, text, transform=where, ha="center", va="center", color=COLOURS[-2], size=8)
     axes.set_yticks(range(len(found)), [label(entry) for entry in found])
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.set(title="Last validation, ± standard error over seeds", xlabel=unit)
-    if values:
-        axes.margins(x=0.08)
+    axes.margins(x=0.1)
+    names = short_names(list(found[0]["settings"]))
+    axes.set(title="Last validation, ± standard error over seeds", xlabel=unit, ylabel=", ".join(names.values()))
 
 
 def curves(axes: Axes, found: list[Result], unit: str) -> None:
@@ -76,4 +79,4 @@ def curves(axes: Axes, found: list[Result], unit: str) -> None:
     if drawn:
         spread_out(axes, drawn)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(title="Validation on the way, mean over seeds, least to greatest shaded", xlabel="steps", ylabel=unit)
+    axes.set(title="On the way: mean and range over seeds", xlabel="steps", ylabel=unit)

@@ -143,6 +143,8 @@ def _sweep_faults(sweep: Sweep) -> Iterator[str]:
         elif name not in known and name.startswith(SHAPE):
             near = difflib.get_close_matches(name, sorted(known), n=1)
             yield f"unknown setting {name}{f'; did you mean {near[0]}?' if near else ''}"
+        elif inside := next((setting for setting, _ in leaves(RunConfig) if setting.startswith(f"{name}.")), None):
+            yield f"{name} is a section; name a setting of it, such as {inside}."
         elif name not in known:
             yield unknown_name(name, "setting ")
     for variant, changes in sweep.variants.items():

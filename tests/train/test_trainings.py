@@ -152,3 +152,17 @@ def test_threads_are_shared_out_but_where_the_environment_says_how_many(asked, r
     Path(runs[0].run_dir).parent.mkdir(parents=True)
     trainings.start(runs[0], 3, None)
     assert seen == [asked or "3"]
+
+
+def test_where_a_failure_is_fine_the_others_go_on(runs, launcher, tmp_path):
+    """And what is fine is asked of each that ended, once it has."""
+    told = []
+
+    def fine(run, status):
+        told.append((Path(run.run_dir).name, status, trainings.last_error(run)))
+        return True
+
+    train_all(runs, "training", launcher("fail"), fine)
+    assert told == [("first", 1, ": no luck"), ("second", 1, ": no luck")]
+    train_all(runs, "training", launcher("train"), lambda run, status: told.append(status) or True)
+    assert told[2:] == [0, 0]
