@@ -164,7 +164,9 @@ def _table_faults(rows: list[Row], equal: bool) -> Iterator[str]:
         elif first == row.name and [other.name for other in rows].count(row.name) > 1:
             yield f"{row.name} stands in the table twice; leave one of them out."
     sizes = {row.name: row.parameters for row in rows if row.parameters is not None}
-    if equal and sizes and max(sizes.values()) > EQUAL * min(sizes.values()):
+    if equal and (unknown := [row.name for row in rows if row.parameters is None]):
+        yield f"sweep.equal_parameters: the size of these is not known before training: {', '.join(unknown)}."
+    elif equal and max(sizes.values()) > EQUAL * min(sizes.values()):
         yield (
             "sweep.equal_parameters: the rows differ in size by more than 1%: "
             + ", ".join(f"{name} {size:,}" for name, size in sizes.items())

@@ -53,9 +53,10 @@ def result(row: Row, target: float | None) -> Result:
 def outcome(run: RunConfig, target: float | None) -> Result:
     """Of one training: `state` is done, diverged or unfinished; only one that is done has figures."""
     lines = read(Path(run.run_dir) / "metrics.jsonl")
-    curve = [line for line in lines if line.get("val_loss") is not None and math.isfinite(line["val_loss"])]
+    validations = [line for line in lines if "val_loss" in line]
+    curve = [line for line in validations if math.isfinite(line["val_loss"])]
     state = "done" if is_done(run) else "unfinished"
-    if diverged_file(run).exists() or (state == "done" and curve[-1:] != [lines[-1]]):
+    if diverged_file(run).exists() or (state == "done" and curve[-1:] != validations[-1:]):
         state = "diverged"
     last = curve[-1] if state == "done" else {}
     reached = next((line["tokens"] for line in curve if target is not None and line["val_loss"] <= target), None)

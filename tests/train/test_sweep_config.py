@@ -116,6 +116,8 @@ def test_rows_that_must_be_equal_in_size_and_are_not():
     assert sizes[1] < 1.01 * sizes[0] < sizes[2]
     assert f"base {sizes[0]:,}, intermediate_size-33 {sizes[1]:,}, intermediate_size-64 {sizes[2]:,}." in fault
     table_of_runs(make(grid={"model.config.intermediate_size": [32, 33]}, equal_parameters=True))
+    begun = make(BASE | {"model": {"init_from": "some/model"}}, grid={"optim.lr": [1.0]}, equal_parameters=True)
+    assert "the size of these is not known before training: lr-1.0." in faults(begun)[0]
 
 
 def test_the_grid_of_the_command_line_goes_before_the_files():
