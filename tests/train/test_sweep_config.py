@@ -68,13 +68,13 @@ def test_a_row_may_have_a_blend_where_the_sweep_says_nothing_of_the_source():
 
 
 def test_every_fault_of_every_row_is_told_at_once():
-    variants = {"a": {"optim.lrr": 1}, "b": {"model.config.hiden_size": 3, "optim": {"lr": 1}, "seed": 3}}
+    variants = {"a": {"optim.lrr": 1}, "b": {"model.config.hiden_size": 3, "ops": {"backend": "eager"}, "seed": 3}}
     assert faults(make(variants=variants, grid={"run_dir": ["x"], "nothing": [1]})) == [
         "  run_dir cannot vary: each run has a folder of its own below the sweep's.",
         "  unknown setting nothing",
         "  unknown setting optim.lrr; did you mean optim.lr?",
         "  unknown setting model.config.hiden_size; did you mean model.config.hidden_size?",
-        "  optim is a section; name a setting of it, such as optim.lr.",
+        "  ops is a section; name a setting of it, such as ops.backend.",
         "  seed cannot vary: the seeds of every row are sweep.seeds.",
     ]
     found = "\n".join(faults(make(grid={"optim.lr": [-1.0, 1e-3], "model.config.hidden_size": [32, 0], "schedule.warmup": [2]})))
