@@ -36,14 +36,13 @@ def results(rows: list[Row], target: float | None) -> list[Result]:
 def result(row: Row, target: float | None) -> Result:
     runs = {str(run.seed): outcome(run, target) for run in row.runs}
     done = [run for run in runs.values() if run["state"] == "done"]
-    run = row.runs[0]
     loss, error = spread([run["val_loss"] for run in done])
     bits = [run["val_bits_per_byte"] for run in done if run["val_bits_per_byte"] is not None]
     reached = [NEVER if run["seconds_to_target"] == "never" else run["seconds_to_target"] for run in done]
     until = median(reached) if target is not None and reached else None
     return {
         "name": row.name, "settings": row.settings, "parameters": row.parameters,
-        "tokens": run.train.steps * run.train.global_batch * run.data.seq_len,
+        "tokens": done[0]["tokens"] if done else None,
         "val_loss": loss, "stderr": error, "val_bits_per_byte": mean(bits) if bits else None,
         "seconds": median(run["seconds"] for run in done) if done else None,
         "seconds_to_target": "never" if until == NEVER else until, "difference": None, "difference_stderr": None, "runs": runs,
@@ -61,7 +60,8 @@ def outcome(run: RunConfig, target: float | None) -> Result:
     last = curve[-1] if state == "done" else {}
     reached = next((line["tokens"] for line in curve if target is not None and line["val_loss"] <= target), None)
     return {
-        "state": state, "val_loss": last.get("val_loss"), "val_bits_per_byte": last.get("val_bits_per_byte"),
+        "state": state, "tokens": last.get("tokens"), "val_loss": last.get("val_loss"),
+        "val_bits_per_byte": last.get("val_bits_per_byte"),
         "seconds": seconds(lines, math.inf) if state == "done" else None,
         "seconds_to_target": None if target is None else "never" if reached is None else seconds(lines, reached),
         "validations": [[line["step"], line["val_loss"]] for line in curve],
