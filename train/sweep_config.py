@@ -39,7 +39,7 @@ class Sweep:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """each row is trained with each of them"""
     target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """also tell after how many seconds of training the validation loss is at most this; nats per token, or per document"""
+    """also tell after how many seconds of training the validation loss is this (between two validations, on the line); nats"""
     equal_parameters: bool = False
     """rows must have the same number of parameters, within 1%"""
 

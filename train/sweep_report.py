@@ -58,7 +58,7 @@ def outcome(run: RunConfig, target: float | None) -> Result:
     if diverged_file(run).exists() or (state == "done" and curve[-1:] != validations[-1:]):
         state = "diverged"
     last = curve[-1] if state == "done" else {}
-    reached = next((line["tokens"] for line in curve if target is not None and line["val_loss"] <= target), None)
+    reached = None if target is None else tokens_to(curve, target)
     return {
         "state": state, "tokens": last.get("tokens"), "val_loss": last.get("val_loss"),
         "val_bits_per_byte": last.get("val_bits_per_byte"),
@@ -66,6 +66,16 @@ def outcome(run: RunConfig, target: float | None) -> Result:
         "seconds_to_target": None if target is None else "never" if reached is None else seconds(lines, reached),
         "validations": [[line["step"], line["val_loss"]] for line in curve],
     }  # fmt: skip
+
+
+def tokens_to(curve: list[dict[str, Any]], target: float) -> float | None:
+    """Until the loss is at the target, on the line from the validation before to the first that is; None: none is."""
+    below = next((i for i, line in enumerate(curve) if line["val_loss"] <= target), None)
+    if not below:
+        return None if below is None else curve[0]["tokens"]
+    before, after = curve[below - 1], curve[below]
+    share = (before["val_loss"] - target) / (before["val_loss"] - after["val_loss"])
+    return before["tokens"] + share * (after["tokens"] - before["tokens"])
 
 
 def read(file: Path) -> list[dict[str, Any]]:
