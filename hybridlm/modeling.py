@@ -291,6 +291,8 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, GenerationMixin):
             raise ValueError("pass labels (shifted here) or targets (one at each position), not both.")
         if teacher is not None and targets is None:
             raise ValueError("pass targets beside teacher: where they are -100, nothing is learned from it either.")
+        if z_loss and (targets is None or teacher is not None):
+            raise ValueError("z_loss is for the loss of targets; pass them, and no teacher.")
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be a number of positions, 0 for all, or their indices; got {logits_to_keep}.")
         outputs = self.backbone(

@@ -17,9 +17,9 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 @contextmanager
-def expert_loads(model: nn.Module, over_ranks: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def expert_loads(found: list[Router], over_ranks: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Counts in the forward passes within, of all micro-batches: int64 (layers experts), the tokens that each expert got, which
-    are summed over the ranks when the context ends. (0 0) for a model without `E`.
+    are summed over the ranks when the context ends. (0 0) where there are no routers.
 
     Routers keep nothing of it, so that no pass but those of a step counts: no validation, and no rerun of a step that failed.
     Positions of padding count as tokens do, for they go to experts too. A layer that gradient checkpointing runs again counts all
@@ -28,7 +28,6 @@ def expert_loads(model: nn.Module, over_ranks: Callable[[Tensor], Tensor]) -> It
     Args:
         over_ranks: the sum of a tensor over the ranks; all must call it.
     """
-    found = routers(model)
     bias = torch.stack([router.e_score_correction_bias for router in found]) if found else torch.empty(0, 0)
     loads = torch.zeros_like(bias, dtype=torch.int64)
     hooks = [router.register_forward_hook(partial(_count, layer)) for router, layer in zip(found, loads, strict=True)]
@@ -42,9 +41,9 @@ def expert_loads(model: nn.Module, over_ranks: Callable[[Tensor], Tensor]) -> It
 
 
 @torch.no_grad()
-def balance(model: nn.Module, loads: Tensor, rate: float) -> None:
+def balance(found: list[Router], loads: Tensor, rate: float) -> None:
     """Moves the bias of every router by `rate`, as `direction` says; on all ranks by the same, for their loads are the same."""
-    for router, step in zip(routers(model), direction(loads), strict=True):
+    for router, step in zip(found, direction(loads), strict=True):
         router.e_score_correction_bias.add_(step, alpha=rate)
 
 

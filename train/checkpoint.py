@@ -45,6 +45,7 @@ STATE = {
     "step": int, "samples": int, "tokens": int, "identity": dict, "cursor": dict, "spikes": dict, "validation": list,
     "fingerprint": str,
 }  # fmt: skip
+SLOTS = (".exp_avg", ".exp_avg_sq", ".momentum_buffer")  # of AdamW and of Muon
 THREADS = 8  # that hash files at a time
 LARGE = 10**9  # bytes that take long enough to hash for a progress bar
 
@@ -202,6 +203,12 @@ def _fill(
     rows = {name: one for name, one in rest.items() if carried and name.startswith(PREFIX)}
     others = {name: one for name, one in rest.items() if name not in rows}
     unfit = carried.unfit(rows) if carried else []
+    slots = [{name.rsplit(".", 1)[-1] for name in tensors if name.endswith(SLOTS)} for tensors in (moments, others)]
+    if slots[0] != slots[1]:
+        raise ValueError(
+            f"{folder} has the optimiser state of another optim.name: {sorted(slots[1])}, wanted {sorted(slots[0])}. "
+            "Restore that, or start a new run from its model (--model.init_from)."
+        )
     if faults := [*mismatch("weights", want, weights), *mismatch("optimiser", moments | rng, others), *unfit]:
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
     into = carried.make_room(rows, model.device) if carried else {}

@@ -278,19 +278,27 @@ def parse(values: dict[str, Any], kind: type[Config] = RunConfig) -> Config:  # 
 
 
 def _warmup_faults(config: RunConfig) -> list[str]:
-    schedule, data, faults = config.schedule, config.data, []
-    carries, labels = {"data.carry_state": data.carry_state}, {"data.label_column": data.label_column is not None}
-    batch = ("batch", config.train.global_batch, "train.global_batch", carries)
-    for what, whole, name, refused in (batch, ("length", data.seq_len, "data.seq_len", carries | labels)):
+    schedule, train, data, faults = config.schedule, config.train, config.data, []
+    carries = {"data.carry_state": data.carry_state}
+    windows = carries | {"data.label_column": data.label_column is not None, "distill.logits": config.distill.logits is not None}
+    batch = ("batch", train.global_batch, "train.global_batch", carries)
+    for what, whole, name, refused in (batch, ("length", data.seq_len, "data.seq_len", windows)):
         start, share = getattr(schedule, f"{what}_start"), getattr(schedule, f"{what}_warmup")
         if (start is None) != (share == 0):
             faults.append(f"schedule: set both {what}_start and {what}_warmup, or neither; got {start} and {share}.")
-        if start is not None and (whole % start or (whole // start).bit_count() != 1):
+        if start is None:
+            continue
+        doublings = (whole // start).bit_length() - 1
+        if whole % start or start << doublings != whole:
             faults.append(f"schedule.{what}_start: it must become {name} ({whole}) by doubling; got {start}.")
-        others = [other for other, is_set in refused.items() if start is not None and is_set]
-        faults += [
-            f"schedule.{what}_start: rows change with it, which {other} does not allow; leave one away." for other in others
-        ]
+        elif share and share * train.steps < doublings:
+            faults.append(f"schedule.{what}_warmup: {share} of {train.steps} steps are fewer than the {doublings} doublings.")
+        for other in (other for other, is_set in refused.items() if is_set):
+            faults.append(f"schedule.{what}_start: rows change with it, which {other} does not allow; leave one away.")
+    if schedule.batch_start is not None and train.micro_batch is not None and schedule.batch_start % train.micro_batch:
+        faults.append(
+            f"schedule.batch_start ({schedule.batch_start}) must be a multiple of train.micro_batch ({train.micro_batch})."
+        )
     return faults
 
 

@@ -18,30 +18,45 @@ Stream = Blend | Streamed
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The micro-batches of step 0 … count - 1, for torch's loader."""
+class Stage:
+    """Steps of one batch.
 
-    stream: Stream
+    Attributes:
+        rows: sample numbers within the global batch, one range a micro-batch of this rank (train.optim.micro_batches).
+        count: how many steps.
+    """
+
     rows: list[range]
-    first: int
     global_batch: int
     count: int
 
+
+@dataclass(frozen=True)
+class _Steps:
+    """The micro-batches of step 0, 1, …, for torch's loader."""
+
+    stream: Stream
+    first: int
+    stages: list[Stage]
+
     def __len__(self) -> int:
-        return self.count
+        return sum(stage.count for stage in self.stages)
 
     def __getitem__(self, step: int) -> list[dict[str, np.ndarray]]:
-        base = self.first + step * self.global_batch
-        return [self.stream.batch(base + rows.start, base + rows.stop) for rows in self.rows]
+        base = self.first
+        for stage in self.stages:
+            if step < stage.count:
+                base += step * stage.global_batch
+                return [self.stream.batch(base + rows.start, base + rows.stop) for rows in stage.rows]
+            base += stage.count * stage.global_batch
+            step -= stage.count
+        raise IndexError
 
 
-def batches(
-    stream: Stream, rows: list[range], first: int, global_batch: int, count: int, workers: int
-) -> Iterator[list[dict[str, Tensor]]]:
-    """For each of `count` steps the micro-batches of this rank, each tensor (b t) int64; the same for any number of workers.
+def batches(stream: Stream, first: int, stages: list[Stage], workers: int) -> Iterator[list[dict[str, Tensor]]]:
+    """For each step the micro-batches of this rank, each tensor (b t) int64; the same for any number of workers.
 
     Args:
-        rows: sample numbers within a global batch, one range a micro-batch (train.optim.micro_batches).
         first: the number of the first sample of the first step.
         workers: processes that read ahead; with 0, a step is read when it is asked for.
 
@@ -49,7 +64,7 @@ def batches(
         RuntimeError: a worker has died.
     """
     loader: DataLoader = DataLoader(
-        _Steps(stream, rows, first, global_batch, count),  # type: ignore[arg-type]
+        _Steps(stream, first, stages),  # type: ignore[arg-type]
         batch_size=None,
         # Arrays are sent as bytes. A tensor would be fetched from its worker when it is here, and need an open file each.
         collate_fn=_as_it_is,

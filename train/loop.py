@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -25,14 +25,14 @@ from hybridlm.flops import peak_flops, training_flops
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.strict_yaml import parse_yaml
 from train import checkpoint, files, launch, logs
-from train.balance import balance, expert_loads, load_figures
+from train.balance import balance, expert_loads, load_figures, routers
 from train.card import model_card
 from train.carried import Carried
 from train.config import RunConfig, dump
 from train.incidents import Spikes, diagnose, merge, record
-from train.loader import batches
+from train.loader import Stage, batches
 from train.objective import Loss, objective
-from train.optim import batch_size, cut, learning_rate, mask_seed, micro_batches, optimizers, row_length, samples_by, stages
+from train.optim import batch_size, build_optimizers, cut, learning_rate, mask_seed, micro_batches, row_length, samples_by, stages
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
 from train.setup import (
@@ -84,7 +84,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
     rows_of = partial(
         micro_batches, micro_batch=config.train.micro_batch, rank=accelerator.process_index, ranks=accelerator.num_processes
     )
-    rows, _ = rows_of(config.train.global_batch), rows_of(batch_size(config, 1))
+    rows = rows_of(config.train.global_batch)
+    rows_of(batch_size(config, 1), name="schedule.batch_start")  # does that divide, too?
 
     # Signals and the log are let go last: a launcher sends SIGTERM while `watch` finds out which rank ended.
     with ExitStack() as outer, watch(accelerator, run_dir, config.train.timeout) as watching, ExitStack() as held:
@@ -108,7 +109,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         held_out = [shards.meta["sha256"] for shards in validation]
         agree(accelerator, {"data": stream.identity(samples_by(config, config.train.steps)), "validation": held_out})
         loss = loss or objective(config, model, tokenizer, accelerator, mesh, sharing)
-        optimizing = optimizers(model, config.optim)
+        optimizers = build_optimizers(model, config.optim)
         carried = Carried(model.config.num_hidden_layers, rows, config.train.global_batch)
         rate = learning_rate(config.optim, config.schedule, config.train.steps)
         step, samples, tokens = 0, 0, 0  # done so far; `samples` is the position in the data: the number of the next sample
@@ -116,7 +117,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         if start_from is not None:
             if not allow_config_change:
                 check_shape(start_from, model)
-            state = checkpoint.load(start_from, model, optimizing, sharing, carried)
+            state = checkpoint.load(start_from, model, optimizers, sharing, carried)
             step, samples, tokens, cursor = (state[key] for key in ("step", "samples", "tokens", "cursor"))
             spikes = Spikes(config.train.spike_sigma, config.train.spike_window, **state["spikes"])
             check_state(start_from, state, config, stream, held_out, allow_config_change)
@@ -140,7 +141,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         sidecars = checkpoint.sidecars(bare, saved_tokenizer) if main else {}
         device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
         peak = peak_flops(device_name, config.train.precision)
-        step_flops = training_flops(bare.config, config.data.seq_len, head=labels is None)
+        experts = routers(bare)
         if main:
             describe(config, bare, stream, validation, accelerator, watching.machines, step)
             start_wandb(accelerator, config)
@@ -188,7 +189,7 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 position = {"samples": samples, "identity": stream.identity(samples), "cursor": stream.cursor(samples)}
                 state = {"step": step, "tokens": tokens, "spikes": spikes.state(), "validation": held_out, **position}
                 extra = sidecars | {"README.md": card.encode()}
-                shot = checkpoint.snapshot(bare, optimizing, state, extra, config.train.checkpoint_async, carried)
+                shot = checkpoint.snapshot(bare, optimizers, state, extra, config.train.checkpoint_async, carried)
                 saving = saver.submit(store, shot)
             if not config.train.checkpoint_async:
                 finish_saving()
@@ -229,12 +230,6 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 record(run_dir / "incidents.jsonl", incident)
                 bar.write(f"step {step + 1}: {kind}, loss {nats:.4f}, gradient norm {grad_norm:.4f}: no weight was changed")
 
-        def read(first: int, left: Iterable[tuple[int, int]]) -> Iterator[list[dict[str, Tensor]]]:
-            """The micro-batches of this rank, step by step."""
-            for size, count in left:
-                yield from batches(stream, rows_of(size), first, size, count, config.data.workers)
-                first += size * count
-
         # 3. The steps.
         adopted = gather(accelerator, main and step > 0 and not (run_dir / "checkpoints" / f"step-{step}").exists())[0]
         if adopted:  # a checkpoint from elsewhere: until it is here too, this run has none
@@ -243,7 +238,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
         last = gather(accelerator, last_line(metrics, "val_loss") if main else None)[0]
         if last is None or (last["step"] < step and validation_due(config, step)):
             validate()
-        left = read(samples, stages(config, step))
+        to_come = [Stage(rows_of(size), size, count) for size, count in stages(config, step)]
+        left = batches(stream, samples, to_come, config.data.workers)
         saved, logged, waited, clock = step, (step, tokens), 0.0, time.perf_counter()
         while step < config.train.steps:
             watching.step, watching.phase = step + 1, "training"
@@ -267,8 +263,8 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             logs_now = (step + 1) % config.log.every == 0 or step + 1 == config.train.steps
             watched: AbstractContextManager[dict[str, float]] = nullcontext({})
             if logs_now:
-                watched = mamba_statistics(bare, config.data.seq_len)
-            with watched as inside, expert_loads(bare, accelerator.reduce) as loads:
+                watched = mamba_statistics(bare, length)
+            with watched as inside, expert_loads(experts, accelerator.reduce) as loads:
                 own = backward(model, batch, targets)
             nats = accelerator.reduce(own).item()
             norm = over_ranks(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
@@ -294,11 +290,11 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
                 if logs_now:
                     inside |= {f"grad_norm/{kind}": value for kind, value in gradient_norms(bare).items()} | load_figures(loads)
                 clip_grads_with_norm_(model.parameters(), config.optim.clip, norm)
-                for optimizer in optimizing:
+                for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = rate(step + 1)
                     optimizer.step()
-                balance(bare, loads, config.optim.moe_bias_rate)
+                balance(experts, loads, config.optim.moe_bias_rate)
                 if gathers_fp8:
                     scale_weights(bare)
                 spikes.accept(nats)
@@ -312,12 +308,13 @@ def train(config: RunConfig, resume: str = "auto", allow_config_change: bool = F
             if logs_now:
                 now = time.perf_counter()
                 speed = (tokens - logged[1]) / (now - clock)
+                flops = training_flops(bare.config, length, head=labels is None)
                 watching.memory = memory = memory_bytes(accelerator.device)
                 line = {
                     "step": step, "tokens": tokens, "loss": nats if finite else None, "lr": rate(step),
                     "grad_norm": grad_norm if finite else None, "tokens_per_second": speed,
                     "tokens_per_second_per_rank": speed / accelerator.num_processes,
-                    "mfu": speed * step_flops / (peak * accelerator.num_processes) if peak else None,
+                    "mfu": speed * flops / (peak * accelerator.num_processes) if peak else None,
                     "memory_bytes": memory, **(inside if finite else {}),
                     **rank_figures(accelerator, memory, waited / (step - logged[0])),
                 }  # fmt: skip

@@ -7,6 +7,7 @@ that of models trained apart from one start is often better than each (model sou
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from train.weights import stored_weights
 
 logger = logging.getLogger(__name__)
 
-NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of config.json: they are no part of the shape
 BESIDE = (".json", ".jinja", ".txt", ".model")  # tokenizer and generation settings; no code, no other weights
 
 
@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
     some.add_argument("--from_step", metavar="S", type=int, help="those of the run from step S on (default: all)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write; must not be there")
     arguments = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("merge works in one process; start it without a launcher.")
     if arguments.models and (arguments.last is not None or arguments.from_step is not None):
         raise ValueError("--last and --from_step choose among the checkpoints of --run; with --models name the folders alone.")
     if arguments.out.exists() or arguments.out.is_symlink():
@@ -129,13 +131,18 @@ def _open(path: Path) -> Model:
 
 def _differences(first: Model, other: Model) -> list[str]:
     """What keeps two models from being merged, and of the first with itself: what is no floating point number."""
-    keys = sorted((first.config.keys() | other.config.keys()) - set(NOT_COMPARED))
-    pairs = [(key, first.config.get(key), other.config.get(key)) for key in keys]
-    faults = [f"config.json {key}: {ours!r} and {theirs!r}" for key, ours, theirs in pairs if ours != theirs]
+    ours, theirs = (_shape(model) for model in (first, other))
+    faults = [f"config.json {key}: {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
     if _bytes(first.folder / "tokenizer.json") != _bytes(other.folder / "tokenizer.json"):
         faults.append("tokenizer.json: not the same")
     faults += mismatch("weights", {name: one.local for name, one in _parts(first).items()}, other.tensors, cast=True)
     return [f"{other.folder}: {fault}" for fault in faults]
+
+
+def _shape(model: Model) -> dict[str, Any]:
+    """All of the configuration, with the defaults for what an older version did not write."""
+    config = HybridLMConfig.from_pretrained(model.folder)
+    return {"architectures": config.architectures} | {name: getattr(config, name) for name in HybridLMConfig.__annotations__}
 
 
 def _bytes(path: Path) -> bytes | None:
@@ -196,7 +203,7 @@ def _blocks(models: Sequence[Model], parts: Mapping[str, Part], bar: tqdm) -> It
             _check_finite(buffer, name, model)
             total += buffer
             bar.update(one.nbytes)
-        yield flat((total / len(models)).float()).numpy().data
+        yield flat(total.div_(len(models)).float()).numpy().data
 
 
 def _check_finite(values: Tensor, name: str, model: Model) -> None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hybridlm.ops.precision import product_dtype
@@ -13,22 +14,41 @@ from train.tensor_files import local
 
 class Muon(torch.optim.Muon):
     """torch's Muon, with the update of AdamW's size (0.2 sqrt(max(rows, columns)), arXiv 2502.16982, equation 4), so that both
-    take the same learning rate. Its step differs in two points, and in no number where neither applies: ranks that share the
-    model orthogonalise one matrix each, and a processor without bf16 units does so in fp32.
+    take the same learning rate. Its step differs in three points, and in no number where none applies: ranks that share the
+    model orthogonalise one matrix each, a processor without bf16 units does so in fp32, and a matrix whose gradient is zero
+    stays as it is.
     """
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            mesh = moved[0].device_mesh if moved and isinstance(moved[0], DTensor) else None
+            moved = with_gradient(group["params"])
+            mesh = mesh_of(moved)
             at_once = mesh.size() if mesh else 1
             for some in (moved[i : i + at_once] for i in range(0, len(moved), at_once)):
-                updates = [direction(p.grad, self.state[p], group["momentum"]) for p in some]
+                updates = [direction(p.grad, self.state[p], group["momentum"]) for p in some]  # type: ignore[arg-type]
                 updates = one_each(updates, group, mesh.get_local_rank()) if mesh else [orthogonal(updates[0], group)]
                 for p, update in zip(some, updates):
                     size = 0.2 * max(p.shape) ** 0.5
                     local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(local(update), alpha=-group["lr"] * size)
+
+
+def with_gradient(params: list[Tensor]) -> list[Tensor]:
+    """Those with a gradient other than zero on any rank. An expert without tokens has one of zeros: what is left of its running
+    mean would be made as large as any update."""
+    some = [p for p in params if p.grad is not None]
+    if not some:
+        return []
+    mesh = mesh_of(some)
+    touched = torch.stack([local(p.grad).any() for p in some]).int()  # type: ignore[arg-type]
+    if mesh is not None:
+        distributed.all_reduce(touched, distributed.ReduceOp.MAX, group=mesh.get_group())
+    return [p for p, is_touched in zip(some, touched.tolist()) if is_touched]
+
+
+def mesh_of(params: list[Tensor]) -> DeviceMesh | None:
+    """The ranks that share them: all of them or none."""
+    return params[0].device_mesh if params and isinstance(params[0], DTensor) else None
 
 
 def direction(grad: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
@@ -42,7 +62,7 @@ def one_each(matrices: list[Any], group: dict, rank: int) -> list[Any]:
     """Orthogonalises matrices that ranks share by rows, one on each rank, which sends the others their rows of it."""
     own = torch.empty(0, device="meta")
     for owner, matrix in enumerate(matrices):
-        whole = matrix.full_tensor()
+        whole = matrix.bfloat16().full_tensor()  # as it is narrowed anyway
         if owner == rank:
             own = orthogonal(whole, group).to(matrix.dtype)
     for owner, matrix in enumerate(matrices):

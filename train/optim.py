@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def optimizers(model: AnyModel, config: Optim) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: AnyModel, config: Optim) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters; or Muon for the weights of the linear layers inside the stack, and AdamW for the rest:
     embedding, head, convolutions, routers, recurrent cells and vectors."""
     groups = parameter_groups(model, config.weight_decay)
@@ -105,18 +105,23 @@ def cut(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     return {name: tensor.unflatten(1, (-1, length)).flatten(0, 1) for name, tensor in batch.items()}
 
 
-def micro_batches(global_batch: int, micro_batch: int | None, rank: int, ranks: int) -> list[range]:
+def micro_batches(
+    global_batch: int, micro_batch: int | None, rank: int, ranks: int, name: str = "train.global_batch"
+) -> list[range]:
     """The sample numbers, within a global batch, of each forward pass of this rank.
+
+    Args:
+        name: of the setting that the batch is from.
 
     Raises:
         ValueError: the batch does not divide.
     """
     share, rest = divmod(global_batch, ranks)
     if rest:
-        raise ValueError(f"train.global_batch ({global_batch}) must be a multiple of the number of ranks ({ranks}).")
+        raise ValueError(f"{name} ({global_batch}) must be a multiple of the number of ranks ({ranks}).")
     size = micro_batch or share
     if share % size:
         raise ValueError(
-            f"train.micro_batch ({size}) must divide a rank's share of the global batch ({global_batch} / {ranks} = {share})."
+            f"train.micro_batch ({size}) must divide a rank's share of the batch ({name}: {global_batch} / {ranks} = {share})."
         )
     return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]

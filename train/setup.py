@@ -36,7 +36,7 @@ from hybridlm.tokenizer import byte_tokenizer
 from train import launch, sharding
 from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
 from train.loader import Stream
-from train.optim import batch_size, samples_by
+from train.optim import batch_size, row_length, samples_by
 from train.top_logits import taught
 from train.weights import load_weights
 
@@ -162,8 +162,9 @@ def check_state(
         )
     if config.data.phases and samples != samples_by(config, step):
         raise ValueError(
-            f"data.phases are counted in steps of one train.global_batch, and the {step} steps so far had another than "
-            f"{config.train.global_batch}; restore it, or start a new run from its model (--model.init_from)."
+            f"data.phases are counted in steps, and the {step} so far were of other batches than these settings say "
+            f"(train.global_batch {config.train.global_batch}, schedule.batch_start, schedule.batch_warmup, train.steps); "
+            "restore them, or start a new run from its model (--model.init_from)."
         )
     if state["validation"] != held_out and not allow_config_change:
         raise ValueError(
@@ -324,9 +325,10 @@ def describe(
         print(f"data        {line}")
     print(f"validation  {sum(map(len, validation)):,} tokens")
     first = batch_size(config, 1) * config.data.seq_len
-    print(
-        f"training    {config.train.steps:,} steps of {batch:,} tokens" + (f", the first of {first:,}" if first < batch else "")
-    )
+    rising = f", the first of {first:,}" if first < batch else ""
+    if (length := row_length(config, 1)) < config.data.seq_len:
+        rising += f", in rows of {length:,} at first"
+    print(f"training    {config.train.steps:,} steps of {batch:,} tokens{rising}")
     if (teacher := config.distill.teacher or config.distill.logits) is not None:
         print(f"loss        forward KL from {teacher}, temperature {config.distill.temperature:g}")
     ranks, device = accelerator.num_processes, accelerator.device

@@ -49,7 +49,7 @@ class SweepConfig(RunConfig):
     run_dir: str
     """folder of this sweep: results, table, plot, runs"""
     seed: Seed = 0
-    """of no account: the runs have those of sweep.seeds"""
+    """not to be set: the runs have those of sweep.seeds"""
     sweep: Sweep = field(default_factory=Sweep)
 
 
@@ -101,7 +101,10 @@ def table_of_runs(config: SweepConfig) -> list[Row]:
         ValueError: one message with every fault of every row.
     """
     sweep = config.sweep
-    if faults := list(_sweep_faults(sweep)):
+    faults = list(_sweep_faults(sweep))
+    if config.seed:
+        faults.append(f"seed ({config.seed}): a sweep has several; set sweep.seeds, or --grid seed={config.seed}.")
+    if faults:
         raise ValueError(fault_list(faults))
     columns = [name for name, values in sweep.grid.items() if len(values) > 1] or ([] if sweep.variants else list(sweep.grid))
     base, whole = _given(config), schema(SweepConfig).dump_python(config)

@@ -11,6 +11,7 @@ from train.sweep_config import Row, as_text, short_names
 from train.trainings import is_done
 
 Result = dict[str, Any]
+VALIDATION = ("source", "val_source", "val_fraction", "tokenizer", "seq_len")  # of data: what a loss is of
 NEVER = math.inf  # seconds to a loss that was not reached; in JSON "never"
 
 
@@ -42,6 +43,7 @@ def result(row: Row, target: float | None) -> Result:
     until = median(reached) if target is not None and reached else None
     return {
         "name": row.name, "settings": row.settings, "parameters": row.parameters,
+        "validated_on": {name: getattr(row.runs[0].data, name) for name in VALIDATION},
         "tokens": done[0]["tokens"] if done else None,
         "val_loss": loss, "stderr": error, "val_bits_per_byte": mean(bits) if bits else None,
         "seconds": median(run["seconds"] for run in done) if done else None,
@@ -101,7 +103,9 @@ def spread(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def best_of(found: list[Result]) -> Result | None:
-    """That of the least mean, among those of which every run came to its end."""
+    """That of the least mean, among those of which every run came to its end; none where rows were validated on other texts."""
+    if len({json.dumps(entry["validated_on"]) for entry in found}) > 1:
+        return None
     whole = [entry for entry in found if all(run["state"] == "done" for run in entry["runs"].values())]
     return min(whole, key=lambda entry: entry["val_loss"], default=None)
 

@@ -91,7 +91,7 @@ def taught(stream: Blend, config: RunConfig, vocab_size: int) -> Taught:
     if meta["vocab_size"] != vocab_size:
         faults.append(f"  vocab_size: {meta['vocab_size']} -> {vocab_size}")
     if needed > meta["samples"]:
-        faults.append(f"  samples (train.steps x train.global_batch): {meta['samples']} -> {needed}")
+        faults.append(f"  samples (of all train.steps): {meta['samples']} -> {needed}")
     if faults:
         raise ValueError(
             "\n".join([f"distill.logits {kept.folder} were written for another run (written -> wanted):", *faults])

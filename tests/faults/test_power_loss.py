@@ -19,7 +19,7 @@ from tests.faults import disk, harness
 from train import checkpoint, files
 from train.config import Optim, parse
 from train.loop import train
-from train.optim import optimizers
+from train.optim import build_optimizers
 from train.setup import build_model
 
 
@@ -58,7 +58,7 @@ def record(lab, name, monkeypatch, keep=2):
     return run_dir, log
 
 
-def check(run_dir, floor, ceiling, contents, model, optimizing):
+def check(run_dir, floor, ceiling, contents, model, optimizers):
     """A run directory after a loss of power: its newest checkpoint is of a step from `floor` (0: or none) to `ceiling`."""
     for folder in (run_dir / "checkpoints").glob("step-*"):
         assert not checkpoint.validate(folder)  # one rename makes it and one takes it away: it is whole or not there
@@ -67,7 +67,7 @@ def check(run_dir, floor, ceiling, contents, model, optimizing):
     assert floor <= step <= ceiling
     if found:
         assert {p.relative_to(found).as_posix(): p.read_bytes() for p in found.rglob("*") if p.is_file()} == contents[step]
-        assert checkpoint.load(found, model, optimizing)["step"] == step
+        assert checkpoint.load(found, model, optimizers)["step"] == step
     if floor:
         assert (run_dir / "model").resolve().parent in (run_dir.resolve() / "checkpoints").glob("step-*")
     if floor or (run_dir / "config.yaml").exists():
@@ -78,7 +78,7 @@ def lose_power(run_dir, log, seed, every=1):
     """Lays out what may be left after each `every`-th operation of the log, and checks it. Returns how many states there were."""
     contents = {event[1]: event[2] for event in log if event[0] == "saved"}
     model = build_model(parse(load_yaml(str(run_dir.with_suffix(".yaml")))))
-    optimizing = optimizers(model, Optim())
+    optimizers = build_optimizers(model, Optim())
     machine, floor, ceiling = disk.Disk(run_dir), 0, 0
     ways = disk.ways(random.Random(seed))
     seen, place = set(), run_dir.with_name(f"{run_dir.name}-after")
@@ -102,7 +102,7 @@ def lose_power(run_dir, log, seed, every=1):
             disk.lay_out(state, place)
             place.with_suffix(".yaml").write_text(run_dir.with_suffix(".yaml").read_text())
             try:
-                check(place, floor, ceiling, contents, model, optimizing)
+                check(place, floor, ceiling, contents, model, optimizers)
             except (AssertionError, ValueError) as error:
                 raise AssertionError(f"after operation {number} ({event[:2]}), {way}, seed {seed}: {error}") from error
             finally:

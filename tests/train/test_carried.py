@@ -4,7 +4,7 @@ import torch
 from train import checkpoint, sharding
 from train.carried import Carried
 from train.config import Optim
-from train.optim import optimizers
+from train.optim import build_optimizers
 
 # Two rows of 24 tokens: documents that end within windows of 8, at their border, and none at all.
 DOCUMENTS = torch.tensor([[0] * 11 + [1] * 13, [0] * 8 + [1] * 3 + [2] * 13])
@@ -124,17 +124,17 @@ def test_a_run_that_carries_nothing_is_left_alone():
 
 def test_a_checkpoint_has_copies_by_row_and_any_split_of_them_goes_on(model, embedded, tmp_path):
     _, carried = carried_over(model, embedded)
-    optimizing = optimizers(model, Optim())
+    optimizers = build_optimizers(model, Optim())
     state = {"samples": 6, "tokens": 48, "identity": {}, "cursor": {}, "spikes": {}, "validation": [], "step": 3}
-    shot = checkpoint.snapshot(model, optimizing, state, {"config.json": b"{}"}, True, carried)
+    shot = checkpoint.snapshot(model, optimizers, state, {"config.json": b"{}"}, True, carried)
     kept = {name: one.local.clone() for name, one in carried.parts().items()}
     assert sorted(kept) == ["carried.0.0", "carried.0.1", "carried.2.0", "carried.2.1"]
     for one in carried.parts().values():
         one.local.zero_()  # the training goes on
     folder = checkpoint.write(tmp_path, shot)
     other = Carried(4, [range(1), range(1, 2)], 2)
-    checkpoint.load(folder, model, optimizing, None, other)
+    checkpoint.load(folder, model, optimizers, None, other)
     assert all(torch.equal(one.local, kept[name]) for name, one in other.parts().items())
     assert other.states[1] is None and other.parts().keys() == kept.keys()
     with pytest.raises(ValueError, match=r"states are carried on of 2 rows, and train\.global_batch is 4"):
-        checkpoint.load(folder, model, optimizing, None, Carried(4, [range(4)], 4))
+        checkpoint.load(folder, model, optimizers, None, Carried(4, [range(4)], 4))

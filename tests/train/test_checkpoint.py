@@ -16,7 +16,7 @@ from hybridlm import HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint, files, tensor_files
 from train.config import Optim
-from train.optim import optimizers
+from train.optim import build_optimizers
 from train.setup import build_model
 from train.weights import load_weights
 
@@ -26,15 +26,15 @@ def trained(make_config):
     """A model and its optimisers after a step."""
     torch.manual_seed(0)
     model = build_model(make_config())
-    optimizing = optimizers(model, Optim(name="muon"))
-    step(model, optimizing)
-    return model, optimizing
+    optimizers = build_optimizers(model, Optim(name="muon"))
+    step(model, optimizers)
+    return model, optimizers
 
 
-def step(model, optimizing):
+def step(model, optimizers):
     ids = torch.arange(12)[None]
     model(ids, targets=ids).loss.sum().backward()
-    for optimizer in optimizing:
+    for optimizer in optimizers:
         optimizer.step()
     model.zero_grad()
 
@@ -62,8 +62,8 @@ def seal(folder):
 
 
 def snapshot(trained):
-    model, optimizing = trained
-    state = {name: value.clone() for name, value in checkpoint._optimizer_tensors(checkpoint._states(model, optimizing)).items()}
+    model, optimizers = trained
+    state = {name: value.clone() for name, value in checkpoint._optimizer_tensors(checkpoint._states(model, optimizers)).items()}
     return {n: p.detach().clone() for n, p in model.named_parameters()} | state
 
 
@@ -91,10 +91,10 @@ def test_a_checkpoint_puts_everything_back(tmp_path, trained, make_config):
     before, rng = snapshot(trained), torch.get_rng_state()
     torch.manual_seed(99)
     fresh = build_model(make_config())
-    optimizing = optimizers(fresh, Optim(name="muon"))
-    state = checkpoint.load(folder, fresh, optimizing)
+    optimizers = build_optimizers(fresh, Optim(name="muon"))
+    state = checkpoint.load(folder, fresh, optimizers)
     assert state == state_of(1) | {"fingerprint": state["fingerprint"]}
-    after = snapshot((fresh, optimizing))
+    after = snapshot((fresh, optimizers))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(torch.get_rng_state(), rng)

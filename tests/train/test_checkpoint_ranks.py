@@ -23,7 +23,7 @@ from hybridlm.tokenizer import byte_tokenizer
 from tests.conftest import TINY
 from train import checkpoint, files, ranks, tensor_files
 from train.config import Optim
-from train.optim import optimizers
+from train.optim import build_optimizers
 from train.weights import load_weights
 
 SMALL = 8_000  # bytes of a file, for which a tiny checkpoint is many
@@ -43,16 +43,16 @@ def build(group=None, seed=None, **changes):
         fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
-    optimizing = optimizers(model, Optim(name="muon"))
-    for p, optimizer in checkpoint._owners(optimizing).items():
+    optimizers = build_optimizers(model, Optim(name="muon"))
+    for p, optimizer in checkpoint._owners(optimizers).items():
         optimizer.state[p] = checkpoint._zeros(p, optimizer)
-    for name, tensor in tensors(model, optimizing).items():
+    for name, tensor in tensors(model, optimizers).items():
         rows(tensor, torch.full(tensor.shape, torch.nan) if seed is None else value(name, tensor.shape, seed), copy=True)
-    return model, optimizing
+    return model, optimizers
 
 
-def tensors(model, optimizing):
-    return model.state_dict() | checkpoint._optimizer_tensors(checkpoint._states(model, optimizing))
+def tensors(model, optimizers):
+    return model.state_dict() | checkpoint._optimizer_tensors(checkpoint._states(model, optimizers))
 
 
 def value(name, shape, seed):
@@ -72,8 +72,8 @@ def rows(tensor, whole, copy=False):
     return torch.equal(own, whole)
 
 
-def holds(model, optimizing, seed):
-    found = tensors(model, optimizing)
+def holds(model, optimizers, seed):
+    found = tensors(model, optimizers)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     return all(rows(tensor, value(name, tensor.shape, seed)) for name, tensor in found.items())
 
@@ -89,15 +89,15 @@ def sidecars():
     return checkpoint.sidecars(build()[0], byte_tokenizer())
 
 
-def shot(step, model, optimizing, group=None):
+def shot(step, model, optimizers, group=None):
     state = {"step": step, "samples": 1, "tokens": 12, "identity": {}, "cursor": {}, "spikes": {}, "validation": []}
     main = group is None or group.rank() == 0
     torch.manual_seed(0 if main else 1)  # what rank 0 has of these counts
-    return checkpoint.snapshot(model, optimizing, state, sidecars() if main else {}, copy=True)
+    return checkpoint.snapshot(model, optimizers, state, sidecars() if main else {}, copy=True)
 
 
-def save(run_dir, step, model, optimizing, group=None):
-    return checkpoint.write(run_dir, shot(step, model, optimizing, group), group)
+def save(run_dir, step, model, optimizers, group=None):
+    return checkpoint.write(run_dir, shot(step, model, optimizers, group), group)
 
 
 def content(folder):
@@ -118,18 +118,18 @@ def test_any_number_of_ranks_reads_all_of_it_and_writes_the_same_bytes(tmp_path,
 
     def work(rank):
         group = join()
-        model, optimizing = build(group)
-        checkpoint.load(folder, model, optimizing, group)
-        assert holds(model, optimizing, 7)
+        model, optimizers = build(group)
+        checkpoint.load(folder, model, optimizers, group)
+        assert holds(model, optimizers, 7)
         with torch.no_grad():
             model.eval()(torch.arange(12)[None])
         assert not all(isinstance(p, DTensor) for p in model.parameters())  # FSDP2 leaves some gathered, for a backward pass
-        save(tmp_path / "many", 7, model, optimizing, group)
+        save(tmp_path / "many", 7, model, optimizers, group)
         with torch.no_grad():
             model(torch.arange(12)[None])
-        checkpoint.load(folder, model, optimizing, group)
-        assert holds(model, optimizing, 7)
-        found = {name: one for name, one in tensors(model, optimizing).items() if not name.endswith((".step", "correction_bias"))}
+        checkpoint.load(folder, model, optimizers, group)
+        assert holds(model, optimizers, 7)
+        found = {name: one for name, one in tensors(model, optimizers).items() if not name.endswith((".step", "correction_bias"))}
         assert len(found) > 40 and all(isinstance(one, DTensor) for one in found.values())
         weights, _ = build(group)
         load_weights(folder / "model", weights, group)
@@ -140,9 +140,9 @@ def test_any_number_of_ranks_reads_all_of_it_and_writes_the_same_bytes(tmp_path,
     assert one == many
     names = [name for name in one if name.endswith(".safetensors")]
     assert len(names) == 2 if size > SMALL else len(names) > 20
-    model, optimizing = build()
-    checkpoint.load(tmp_path / "many/checkpoints/step-7", model, optimizing)
-    assert holds(model, optimizing, 7)
+    model, optimizers = build()
+    checkpoint.load(tmp_path / "many/checkpoints/step-7", model, optimizers)
+    assert holds(model, optimizers, 7)
 
 
 class Peak(TorchDispatchMode):
@@ -181,9 +181,9 @@ def test_no_rank_holds_more_than_its_own_part_and_one_whole_tensor(tmp_path, run
 
     def work(rank):
         group = join()
-        model, optimizing = build(group, seed=1, vocab_size=3000)
+        model, optimizers = build(group, seed=1, vocab_size=3000)
         with Peak() as copied:
-            taken = shot(1, model, optimizing, group)
+            taken = shot(1, model, optimizers, group)
         own = sum(one.local.nbytes for one in (*taken.weights.values(), *taken.optimizer.values()))
         assert own <= copied.most < 1.1 * own < 3 * largest
         with Peak() as written:
@@ -191,9 +191,9 @@ def test_no_rank_holds_more_than_its_own_part_and_one_whole_tensor(tmp_path, run
         assert written.most < 1.2 * largest <= 1.2 * max(ranks.exchange(group, written.most)), written.most
 
         with Peak() as read:
-            checkpoint.load(tmp_path / "checkpoints/step-1", model, optimizing, group)
+            checkpoint.load(tmp_path / "checkpoints/step-1", model, optimizers, group)
         assert read.most < 1.2 * largest, read.most
-        assert holds(model, optimizing, 1)
+        assert holds(model, optimizers, 1)
 
     well(run_ranks(4, work))
 
@@ -217,8 +217,8 @@ def fail(tmp_path, run_ranks, monkeypatch, points):
 
     def work(rank):
         group = join()
-        model, optimizing = build(group, seed=1)
-        save(tmp_path, 1, model, optimizing, group)
+        model, optimizers = build(group, seed=1)
+        save(tmp_path, 1, model, optimizers, group)
         finished = set()
         for broken, at in points:
             if broken in finished:
@@ -226,7 +226,7 @@ def fail(tmp_path, run_ranks, monkeypatch, points):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(files, "perform", failing(broken, at))
                 try:
-                    save(tmp_path, 2, model, optimizing, group)
+                    save(tmp_path, 2, model, optimizers, group)
                     finished.add(broken)  # it has no more operations
                     assert at > 6
                 except OSError as error:
@@ -240,13 +240,13 @@ def fail(tmp_path, run_ranks, monkeypatch, points):
                     assert "unfinished" in folder.name or checkpoint.validate(folder) == []
                     files.remove(folder)
             distributed.barrier()
-        save(tmp_path, 2, model, optimizing, group)
+        save(tmp_path, 2, model, optimizers, group)
         assert len(points) < 10 or len(finished) == 3
 
     well(run_ranks(3, work, limit=300))
-    model, optimizing = build()
-    checkpoint.load(tmp_path / "checkpoints/step-2", model, optimizing)
-    assert holds(model, optimizing, 1)
+    model, optimizers = build()
+    checkpoint.load(tmp_path / "checkpoints/step-2", model, optimizers)
+    assert holds(model, optimizers, 1)
 
 
 def test_a_disk_that_fails_on_any_rank_ends_the_save_of_all_and_leaves_the_older_checkpoint(tmp_path, run_ranks, monkeypatch):
@@ -263,27 +263,27 @@ def test_what_else_fails_on_one_rank_is_told_on_all(tmp_path, run_ranks, monkeyp
 
     def work(rank):
         group = join()
-        model, optimizing = build(group, seed=1)
+        model, optimizers = build(group, seed=1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ranks.RanksError, match="rank 1: MemoryError: none left"):
             if rank == 1:
                 patch.setattr(tensor_files, "_most_received", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
-            save(tmp_path, 1, model, optimizing, group)
+            save(tmp_path, 1, model, optimizers, group)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=r"rank 1: \[Errno 5\] broken for once"):
             if rank == 1:
                 patch.setattr(files, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken for once")))
             patch.setattr(
                 files, "remove", lambda path: time.sleep(0.2) or remove(path) if rank == 0 else pytest.fail("by rank 1")
             )
-            save(tmp_path, 1, model, optimizing, group)
+            save(tmp_path, 1, model, optimizers, group)
         distributed.barrier()
         assert not list((tmp_path / "checkpoints").iterdir())
         with pytest.raises(OSError, match=r"rank 1: .*run_dir must be on a disk that all ranks share: .*elsewhere"):
-            save(tmp_path / ("elsewhere" if rank == 1 else "here"), 1, model, optimizing, group)
-        folder = save(tmp_path, 1, model, optimizing, group)
+            save(tmp_path / ("elsewhere" if rank == 1 else "here"), 1, model, optimizers, group)
+        folder = save(tmp_path, 1, model, optimizers, group)
         distributed.barrier()
         seen = tmp_path / "absent" if rank == 1 else folder
         with pytest.raises(ValueError, match=r"^rank 1: .*absent"):
-            checkpoint.load(seen, model, optimizing, group)
+            checkpoint.load(seen, model, optimizers, group)
         with pytest.raises(ValueError, match=r"^rank 1: .*absent"):
             load_weights(seen / "model", model, group)
 
@@ -295,9 +295,9 @@ def test_a_save_goes_on_behind_the_collectives_of_the_training(tmp_path, run_ran
 
     def work(rank):
         group = join()
-        model, optimizing = build(group, seed=1)
-        taken = shot(1, model, optimizing, group)
-        for tensor in tensors(model, optimizing).values():
+        model, optimizers = build(group, seed=1)
+        taken = shot(1, model, optimizers, group)
+        for tensor in tensors(model, optimizers).values():
             rows(tensor, torch.zeros(tensor.shape), copy=True)  # the training has gone on
         saving = threading.Thread(target=checkpoint.write, args=(tmp_path, taken, group))
         saving.start()
@@ -312,9 +312,9 @@ def test_a_save_goes_on_behind_the_collectives_of_the_training(tmp_path, run_ran
                 break
 
     well(run_ranks(2, work))
-    model, optimizing = build()
-    checkpoint.load(checkpoint.newest(tmp_path), model, optimizing)
-    assert holds(model, optimizing, 1)
+    model, optimizers = build()
+    checkpoint.load(checkpoint.newest(tmp_path), model, optimizers)
+    assert holds(model, optimizers, 1)
 
 
 def killed_in_a_save(tmp_path, run_ranks, victim, at):
@@ -345,9 +345,9 @@ def killed_in_a_save(tmp_path, run_ranks, victim, at):
         assert ended[victim].status == -signal.SIGKILL
     found = checkpoint.newest(run)
     assert at is not None or found.name == "step-2"
-    model, optimizing = build()
-    assert checkpoint.load(found, model, optimizing)["step"] == int(found.name[-1])
-    assert holds(model, optimizing, int(found.name[-1]))
+    model, optimizers = build()
+    assert checkpoint.load(found, model, optimizers)["step"] == int(found.name[-1])
+    assert holds(model, optimizers, int(found.name[-1]))
     checkpoint.rewind(run, found)
     assert not list((run / "checkpoints").glob(".*"))
     return int(listed.read_text())

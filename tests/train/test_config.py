@@ -189,7 +189,7 @@ def test_a_home_directory_is_one(monkeypatch):
 
 
 def test_the_blend_of_the_documentation_is_a_configuration():
-    (block,) = re.findall(r"```yaml\n(.*?)```", Path("docs/training.md").read_text(), flags=re.S)
+    (block,) = re.findall(r"```yaml\n(data:.*?)```", Path("docs/training.md").read_text(), flags=re.S)
     config = parse(TINY | parse_yaml(block))
     assert config.data.phases == (0.6, 0.8)
     assert blend_weights(config.data) == [[0.7, 0.3], [0.5, 0.5], [0.2, 0.8]]

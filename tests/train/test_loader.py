@@ -16,7 +16,7 @@ from hybridlm.data.preparation import documents_to_shards
 from hybridlm.data.sampler import Sampler
 from hybridlm.data.sources import Documents
 from hybridlm.tokenizer import byte_tokenizer
-from train.loader import batches
+from train.loader import Stage, batches
 from train.loop import train
 from train.objective import next_token_loss
 from train.optim import micro_batches
@@ -48,7 +48,7 @@ def global_batches(stream, plan, first=0, global_batch=12):
         of_ranks = []
         for rank in range(ranks):
             rows = micro_batches(global_batch, 2 if ranks == 3 else None, rank, ranks)
-            of_ranks.append(list(batches(stream, rows, first, global_batch, steps, workers)))
+            of_ranks.append(list(batches(stream, first, [Stage(rows, global_batch, steps)], workers)))
         for step in zip(*of_ranks, strict=True):
             parts = [micro for rank in step for micro in rank]
             out.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -93,7 +93,7 @@ def test_the_random_numbers_of_the_run_are_left_alone(tmp_path):
     for workers in (0, 1):
         torch.manual_seed(3)
         before = torch.get_rng_state()
-        assert len(list(batches(stream, [range(4)], 0, 4, 3, workers))) == 3
+        assert len(list(batches(stream, 0, [Stage([range(4)], 4, 3)], workers))) == 3
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -106,7 +106,7 @@ def test_without_workers_a_step_is_read_when_it_is_asked_for():
             taken.append((start, stop))
             return {"input_ids": np.zeros((1, 1), dtype=np.int64)}
 
-    steps = batches(Noting(), [range(2, 4), range(4, 6)], 100, 8, 5, 0)
+    steps = batches(Noting(), 100, [Stage([range(2, 4), range(4, 6)], 8, 5)], 0)
     next(steps)
     assert taken == [(102, 104), (104, 106)]
     next(steps)
@@ -126,7 +126,7 @@ class Telling:
 
 
 def test_a_worker_that_is_killed_is_an_error_and_no_hang():
-    steps = batches(Telling(), [range(1)], 0, 1, 10_000, 2)
+    steps = batches(Telling(), 0, [Stage([range(1)], 1, 10_000)], 2)
     worker = int(next(steps)[0]["input_ids"][0, 0])
     assert worker != os.getpid()
     with pytest.raises(RuntimeError, match=r"worker .*(killed|exited)"):
@@ -136,14 +136,14 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang():
 
 
 def test_an_error_in_a_worker_is_the_same_error_here():
-    steps = batches(Telling(fails_at=3), [range(1)], 0, 1, 10, 1)
+    steps = batches(Telling(fails_at=3), 0, [Stage([range(1)], 1, 10)], 1)
     assert [int(next(steps)[0]["input_ids"][0, 2]) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="a damaged token"):
         next(steps)
 
 
 def test_a_signal_to_the_group_or_to_each_process_does_not_reach_the_workers():
-    steps = batches(Telling(), [range(1)], 0, 1, 1000, 1)
+    steps = batches(Telling(), 0, [Stage([range(1)], 1, 1000)], 1)
     process, session, _ = next(steps)[0]["input_ids"][0].tolist()
     assert session == process != os.getsid(0)
     os.kill(process, signal.SIGTERM)

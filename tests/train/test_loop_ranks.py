@@ -74,6 +74,26 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_exit_0(make_confi
     assert [(sign["state"], sign["step"]) for sign in signs] == [("done", 4), ("done", 4)]
 
 
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_ranks_warm_up_as_one_process_does(make_config, run_ranks, text_folder, sharding):
+    """Batch and rows grow, the blend changes while they do, a worker reads ahead, and matrices are Muon's."""
+    blend = {str(text_folder): [1.0, 0.5], str(text_folder / "00.txt"): [0.0, 0.5]}
+    common = {
+        "optim__name": "muon", "schedule__batch_start": 2, "schedule__batch_warmup": 0.5, "schedule__length_start": 8,
+        "schedule__length_warmup": 0.5, "data__workers": 1, "data__phases": [0.25], "data__source": None, "log__sample_tokens": 0,
+        "data__blend": [{"source": source, "weight": weight} for source, weight in blend.items()],
+    }  # fmt: skip
+    two = make_config(**common, train__sharding=sharding)
+    one = make_config(**common, run_dir=two.run_dir + "-one")
+    ended = run_ranks(2, start(two))
+    assert [end.status for end in ended] == [0, 0], ended
+    train_run(one)
+    files = [(Path(config.run_dir) / "metrics.jsonl").read_text().splitlines() for config in (one, two)]
+    a, b = ([line for line in map(json.loads, file) if "loss" in line] for file in files)
+    assert [line["tokens"] // 32 for line in a] == [line["tokens"] // 32 for line in b] == [2, 4, 6, 8, 12, 16, 20, 24]
+    assert [line["loss"] for line in a] == pytest.approx([line["loss"] for line in b], abs=1e-3)
+
+
 def test_ranks_draw_the_masks_that_one_draws_for_the_same_rows(make_config, run_ranks):
     common = {"model__config": SHAPE | {"hidden_dropout": 0.3}, "train__steps": 2, "log__sample_tokens": 0}
     two = make_config(**common)

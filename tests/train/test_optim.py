@@ -6,11 +6,11 @@ from train.config import Data, Optim, RunConfig, Schedule, Train
 from train.muon import Muon
 from train.optim import (
     batch_size,
+    build_optimizers,
     cut,
     learning_rate,
     mask_seed,
     micro_batches,
-    optimizers,
     parameter_groups,
     row_length,
     samples_by,
@@ -87,14 +87,14 @@ def test_a_batch_that_does_not_divide_is_an_error():
 
 
 def test_adamw_is_torchs_own():
-    (optimizer,) = optimizers(HybridLMForCausalLM(HybridLMConfig(**TINY)), Optim(beta1=0.8, beta2=0.9, eps=1e-6))
+    (optimizer,) = build_optimizers(HybridLMForCausalLM(HybridLMConfig(**TINY)), Optim(beta1=0.8, beta2=0.9, eps=1e-6))
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
 
 def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
     model = HybridLMForCausalLM(HybridLMConfig(**TINY))
-    muon, adamw = optimizers(model, Optim(name="muon", lr=0.5, momentum=0.8, weight_decay=0.3))
+    muon, adamw = build_optimizers(model, Optim(name="muon", lr=0.5, momentum=0.8, weight_decay=0.3))
     names = {p: name for name, p in model.named_parameters()}
     assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
     hidden = {names[p] for group in muon.param_groups for p in group["params"]}

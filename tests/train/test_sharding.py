@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from train.config import Optim
-from train.optim import optimizers
+from train.optim import build_optimizers
 from train.sharding import initialise, recompute, shard
 
 # Every kind of layer; sizes that 2, 3 and 4 ranks do not divide: heads, vocabulary and channels.
@@ -218,10 +218,10 @@ def test_muon_steps_as_in_one_process(run_ranks, ranks):
     def work(rank):
         one, shared = build(), build(ranks)
         for model in (one, shared):
-            optimizing = optimizers(model, Optim(name="muon", lr=0.05))
+            optimizers = build_optimizers(model, Optim(name="muon", lr=0.05))
             for step in range(2):
                 model(**batch(6, seed=step)).loss.mean().backward()
-                for optimizer in optimizing:
+                for optimizer in optimizers:
                     optimizer.step()
                 model.zero_grad()
         for (name, p), q in zip(one.named_parameters(), shared.parameters()):

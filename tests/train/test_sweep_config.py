@@ -11,7 +11,7 @@ from tests.train.conftest import SHAPE
 from train.config import dump, parse
 from train.sweep_config import SweepConfig, slug, table_of_runs, with_grid
 
-BASE = {"run_dir": "out", "seed": 7, "model": {"config": SHAPE}, "optim": {"lr": 1e-2}, "data": {"seq_len": 32}}
+BASE = {"run_dir": "out", "model": {"config": SHAPE}, "optim": {"lr": 1e-2}, "data": {"seq_len": 32}}
 
 
 def make(base=BASE, **sweep):

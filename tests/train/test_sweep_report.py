@@ -11,7 +11,7 @@ from tests.train.conftest import SHAPE
 from train.config import parse
 from train.sweep_charts import draw
 from train.sweep_config import SweepConfig, table_of_runs
-from train.sweep_report import diverged_file, duration, outcome, results, seconds, spread, table
+from train.sweep_report import best_of, diverged_file, duration, outcome, results, seconds, spread, table
 
 
 def finish(run, losses, speed=100.0):
@@ -126,3 +126,11 @@ def test_the_plot_is_drawn_with_diverged_rows_and_long_names(rows, tmp_path):
     found[0]["settings"] = {"variant": "a name that is far too long to stand beside a plot, and $more"}
     draw(found, "nats/token", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_that_are_validated_on_other_texts_have_no_best(rows):
+    found = results(rows[:2], target=None)
+    assert best_of(found) is found[0]
+    found[1]["validated_on"] = found[1]["validated_on"] | {"tokenizer": "another"}
+    assert best_of(found) is None
+    assert "**" not in table(found, "nats/token", None) and "best" not in table(found, "nats/token", None)

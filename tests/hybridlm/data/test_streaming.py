@@ -10,7 +10,7 @@ from hybridlm.data import streaming
 from hybridlm.data.sources import Source
 from hybridlm.data.streaming import Streamed, open_streaming
 from hybridlm.tokenizer import byte_tokenizer
-from train.loader import batches
+from train.loader import Stage, batches
 from train.optim import micro_batches
 
 LETTERS = "".join(map(chr, range(33, 127)))
@@ -96,7 +96,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches_and_may_change_at_a_re
         for rank in range(ranks):
             stream = opened(folder, start=False)
             stream.seek(position, cursor)
-            own = list(batches(stream, micro_batches(12, None, rank, ranks), position, 12, steps, 0))
+            own = list(batches(stream, position, [Stage(micro_batches(12, None, rank, ranks), 12, steps)], 0))
             of_ranks.append([np.concatenate([micro["targets"] for micro in step]) for step in own])
             cursors.append(stream.cursor(position + steps * 12))
         rows += [row for step in zip(*of_ranks, strict=True) for part in step for row in part.tolist()]
