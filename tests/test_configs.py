@@ -27,9 +27,10 @@ from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
 from train.command_line import parse_command_line, settings_parser
 from train.compress_config import CompressConfig, axes
-from train.config import RunConfig, Train, dump, parse, schema
+from train.config import dump, parse, schema
 from train.loop import train
 from train.optim import learning_rate
+from train.settings import RunConfig, Train
 from train.sweep_config import SweepConfig, table_of_runs
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,11 @@ from transformers.utils import logging as transformers_logging
 from hybridlm.allocator import keep_freed_memory
 from train import compress, distill, merge, prepare, status, sweep, tokenizer
 from train.command_line import parse_command_line
-from train.config import RunConfig, dump
+from train.config import dump
 from train.logs import to_terminal
 from train.loop import train
 from train.ranks import RanksError
+from train.settings import RunConfig
 
 LAST_WORD = 5.0  # seconds after which a rank that failed speaks, should the first of its machine not have ended the launch
 

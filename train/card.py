@@ -10,7 +10,8 @@ from hybridlm import HybridLMConfig
 from hybridlm.classification import AnyModel
 from hybridlm.pattern import SYMBOLS
 from hybridlm.twin import active_parameters, count_parameters
-from train.config import RunConfig, dump
+from train.config import dump
+from train.settings import RunConfig
 from train.validation import figures
 
 # Of a language model, and of a classifier: the task, and how the Auto class goes on.

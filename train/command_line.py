@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 
 from hybridlm.strict_yaml import load_yaml, parse_yaml
-from train.config import BlendEntry, Config, RunConfig, fault_list, leaves, parse, unknown_name
+from train.config import Config, fault_list, leaves, parse, unknown_name
+from train.settings import BlendEntry, RunConfig
 
 
 def argument_parser() -> argparse.ArgumentParser:

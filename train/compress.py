@@ -20,9 +20,10 @@ from train import files
 from train.command_line import parse_command_line, settings_parser
 from train.compress_config import CompressConfig, training
 from train.compress_search import Found, Row, Work, best_candidates, open_work, side_by_side, weigh
-from train.config import Model, RunConfig, dump
+from train.config import dump
 from train.optim import samples_by
 from train.run import changes, last_line, lock, refuse_foreign
+from train.settings import Model, RunConfig
 from train.signals import terminated_as_interrupted
 from train.trainings import train_all
 

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from hybridlm import HybridLMConfig
 from hybridlm.compress.search import AXES, Budget, default_axis
 from hybridlm.twin import count_parameters
-from train.config import Distill, Model, Positive, RunConfig, settings
+from train.settings import Distill, Model, Positive, RunConfig, settings
 
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sizes = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

@@ -12,10 +12,11 @@ import torch
 from hybridlm.data.blend import Blend
 from hybridlm.ops.distillation import largest
 from train.command_line import argument_parser, parse_command_line
-from train.config import RunConfig, dump
+from train.config import dump
 from train.distillation import Teacher, open_teacher
 from train.loop import train
 from train.optim import samples_by
+from train.settings import RunConfig
 from train.setup import open_data, open_tokenizer
 from train.tensor_files import fingerprint, part
 from train.top_logits import id_type, samples_per_file, write

@@ -24,7 +24,7 @@ from hybridlm.configuration import CLASSIFIER
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.ops.distillation import TopK, Whole
 from train import sharding
-from train.config import RunConfig
+from train.settings import RunConfig
 from train.setup import COMPUTE, fetch
 from train.weights import load_weights
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 from torch import distributed
 
-from train.config import RunConfig
+from train.settings import RunConfig
 
 # Variable -> its value, in lower case, where nobody asks for anything, and what any other value asks for.
 NEUTRAL = {

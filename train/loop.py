@@ -28,13 +28,14 @@ from train import checkpoint, files, launch, logs
 from train.balance import balance, expert_loads, load_figures, routers
 from train.card import model_card
 from train.carried import Carried
-from train.config import RunConfig, dump
+from train.config import dump
 from train.incidents import Spikes, diagnose, merge, record
 from train.loader import Stage, batches
 from train.objective import Loss, objective
 from train.optim import batch_size, build_optimizers, cut, learning_rate, mask_seed, micro_batches, row_length, samples_by, stages
 from train.ranks import agree, check_equal, everywhere, first_on_main, gather, group_timeout, patient_group, together, watch
 from train.run import appears, append, check, claim, last_line, lock
+from train.settings import RunConfig
 from train.setup import (
     build_model,
     build_tokenizer,

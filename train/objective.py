@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridlm.classification import AnyModel
 from train import distillation, top_logits
-from train.config import RunConfig
 from train.ranks import everywhere
+from train.settings import RunConfig
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import get_wsd_schedule
 
 from hybridlm.classification import AnyModel
-from train.config import Optim, RunConfig, Schedule
 from train.muon import Muon
+from train.settings import Optim, RunConfig, Schedule
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -14,7 +14,8 @@ import filelock
 
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from train import checkpoint, files
-from train.config import RunConfig, differences, dump, parse
+from train.config import differences, dump, parse
+from train.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,11 @@ def refuse_foreign(config: RunConfig) -> None:
 def changes(config: RunConfig) -> list[str]:
     """A line for each setting in which the directory's run differs; its own place does not count.
 
-    What came after that run was begun has its default there.
+    What came after that run was begun has its default there, but for the optimiser, which was AdamW.
     """
     before = load_yaml(Path(config.run_dir) / "config.yaml")
+    if isinstance(before.get("optim"), dict):
+        before["optim"].setdefault("name", "adamw")
     with suppress(ValueError):  # what cannot be read any more is compared as it stands
         before = parse_yaml(dump(parse(before, type(config))))
     return [line for line in differences(before, parse_yaml(dump(config))) if not line.startswith("run_dir:")]

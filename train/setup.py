@@ -34,9 +34,10 @@ from hybridlm.ops.precision import cpu_has_bf16
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.tokenizer import byte_tokenizer
 from train import launch, sharding
-from train.config import SOURCE_SETTINGS, BlendEntry, Data, RunConfig, blend_weights, differences, dump
+from train.config import SOURCE_SETTINGS, blend_weights, differences, dump
 from train.loader import Stream
 from train.optim import batch_size, row_length, samples_by
+from train.settings import BlendEntry, Data, RunConfig
 from train.top_logits import taught
 from train.weights import load_weights
 

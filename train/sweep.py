@@ -11,8 +11,9 @@ from hybridlm.output import quiet, write_json
 from hybridlm.strict_yaml import load_yaml
 from train import files
 from train.command_line import parse_command_line, settings_parser
-from train.config import RunConfig, dump, fault_list
+from train.config import dump, fault_list
 from train.run import changes, lock, refuse_foreign
+from train.settings import RunConfig
 from train.signals import terminated_as_interrupted
 from train.sweep_config import Row, SweepConfig, table_of_runs, with_grid
 from train.sweep_report import Result, diverged_file, results, table

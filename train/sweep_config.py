@@ -18,7 +18,8 @@ from pydantic.dataclasses import dataclass
 from hybridlm import HybridLMConfig
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from hybridlm.twin import count_parameters
-from train.config import RunConfig, fault_list, leaves, parse, schema, settings, unknown_name
+from train.config import fault_list, leaves, parse, schema, unknown_name
+from train.settings import RunConfig, settings
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 SHAPE = "model.config."  # begins the name of a field of the shape

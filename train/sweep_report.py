@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from train.config import RunConfig
+from train.settings import RunConfig
 from train.sweep_config import Row, as_text, short_names
 from train.trainings import is_done
 

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from hybridlm.data.blend import Blend
 from train import files
-from train.config import RunConfig, differences
+from train.config import differences
 from train.optim import samples_by
+from train.settings import RunConfig
 
 PLAN, META = "plan.json", "meta.json"
 FILE_BYTES = 2**27

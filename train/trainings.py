@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from train.config import RunConfig, dump
+from train.config import dump
 from train.run import last_line
+from train.settings import RunConfig
 
 POLL = 0.3  # seconds
 

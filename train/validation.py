@@ -18,7 +18,7 @@ from hybridlm.data.labelled import Labelled
 from hybridlm.data.shards import Shards
 from hybridlm.ops.cross_entropy import IGNORE
 from hybridlm.scoring import Window, batch_arrays, nll
-from train.config import RunConfig
+from train.settings import RunConfig
 
 BATCH_TOKENS = 8192  # of one pass
 # What a validation gives, with its unit: of a language model and of a classifier.

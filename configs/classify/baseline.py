@@ -22,7 +22,8 @@ from hybridlm.checkpoint import load_tokenizer
 from hybridlm.data.sources import Documents, Source, split_source
 from hybridlm.output import quiet
 from hybridlm.strict_yaml import load_yaml
-from train.config import Data, parse
+from train.config import parse
+from train.settings import Data
 from train.setup import held_out
 
 BATCH = 32  # documents in a pass of the model

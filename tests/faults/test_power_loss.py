@@ -17,9 +17,10 @@ from accelerate.state import AcceleratorState
 from hybridlm.strict_yaml import load_yaml
 from tests.faults import disk, harness
 from train import checkpoint, files
-from train.config import Optim, parse
+from train.config import parse
 from train.loop import train
 from train.optim import build_optimizers
+from train.settings import Optim
 from train.setup import build_model
 
 

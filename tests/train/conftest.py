@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
-from train.config import RunConfig, parse
+from train.config import parse
+from train.settings import RunConfig
 
 SHAPE = {
     "hybrid_override_pattern": "M*-", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,

@@ -3,8 +3,8 @@ import torch
 
 from train import checkpoint, sharding
 from train.carried import Carried
-from train.config import Optim
 from train.optim import build_optimizers
+from train.settings import Optim
 
 # Two rows of 24 tokens: documents that end within windows of 8, at their border, and none at all.
 DOCUMENTS = torch.tensor([[0] * 11 + [1] * 13, [0] * 8 + [1] * 3 + [2] * 13])

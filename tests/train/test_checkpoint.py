@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 from hybridlm import HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
 from train import checkpoint, files, tensor_files
-from train.config import Optim
 from train.optim import build_optimizers
+from train.settings import Optim
 from train.setup import build_model
 from train.weights import load_weights
 

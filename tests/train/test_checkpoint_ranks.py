@@ -22,8 +22,8 @@ from hybridlm import HybridLMConfig, HybridLMForCausalLM
 from hybridlm.tokenizer import byte_tokenizer
 from tests.conftest import TINY
 from train import checkpoint, files, ranks, tensor_files
-from train.config import Optim
 from train.optim import build_optimizers
+from train.settings import Optim
 from train.weights import load_weights
 
 SMALL = 8_000  # bytes of a file, for which a tiny checkpoint is many

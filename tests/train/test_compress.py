@@ -26,8 +26,9 @@ from train.__main__ import main
 from train.compress import distillation
 from train.compress_config import CompressConfig, axes, budget, training
 from train.compress_search import Work, open_work
-from train.config import Distill, Model, dump, parse
+from train.config import dump, parse
 from train.loop import train as train_here
+from train.settings import Distill, Model
 
 NAMES = [
     "parent", "parent trained on", "pruned", "pruned + distilled", "pruned + cross-entropy", "from scratch",

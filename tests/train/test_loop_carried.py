@@ -14,9 +14,9 @@ from hybridlm import HybridLMForCausalLM
 from hybridlm.data.blend import Blend
 from hybridlm.tokenizer import byte_tokenizer
 from tests.train.conftest import SHAPE
-from train.config import Model
 from train.loop import train
 from train.objective import next_token_loss
+from train.settings import Model
 from train.setup import build_model, open_data
 
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from train.config import Data, Optim, RunConfig, Schedule, Train
 from train.muon import Muon
 from train.optim import (
     batch_size,
@@ -16,6 +15,7 @@ from train.optim import (
     samples_by,
     stages,
 )  # fmt: skip
+from train.settings import Data, Optim, RunConfig, Schedule, Train
 
 TINY = {
     "vocab_size": 10, "hidden_size": 16, "hybrid_override_pattern": "M*-Emr", "intermediate_size": 16, "ssm_state_size": 4,

@@ -48,6 +48,18 @@ def test_settings_that_an_older_run_did_not_have_yet_have_their_defaults(make_co
         check(config, "auto", False)
 
 
+def test_a_run_from_before_there_was_a_choice_of_optimisers_had_adamw(make_config):
+    config = make_config(optim__name="adamw")
+    start(config)
+    file = Path(config.run_dir) / "config.yaml"
+    older = load_yaml(file)
+    del older["optim"]["name"]
+    file.write_text(yaml.safe_dump(older))
+    assert check(config, "auto", False) is None
+    with pytest.raises(ValueError, match=r"other settings:\n  optim\.name: 'adamw' -> 'muon'\n"):
+        check(make_config(), "auto", False)
+
+
 def test_never_refuses_a_run_and_what_is_something_else_is_left_alone(make_config):
     config = make_config()
     assert start(config, "never") is None

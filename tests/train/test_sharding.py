@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from train.config import Optim
 from train.optim import build_optimizers
+from train.settings import Optim
 from train.sharding import initialise, recompute, shard
 
 # Every kind of layer; sizes that 2, 3 and 4 ranks do not divide: heads, vocabulary and channels.

@@ -12,9 +12,10 @@ import train.__main__
 from hybridlm.strict_yaml import load_yaml, parse_yaml
 from tests.train.conftest import SHAPE
 from tests.train.test_sweep_report import finish
-from train.config import RunConfig, dump, parse
+from train.config import dump, parse
 from train.incidents import MOST_SKIPS, Spikes
 from train.loop import train as train_here
+from train.settings import RunConfig
 from train.sweep import DIVERGED
 from train.trainings import is_done
 

@@ -138,7 +138,7 @@ def recall_config(out: Path, model: str, seed: int, longest: int, clip: float = 
             "source": str(out / f"recall-{longest}.jsonl"), "label_column": "label", "val_fraction": 0.02, "seq_len": length,
             "cache_dir": str(out / "cache"),
         },
-        "optim": {"lr": MODELS[model].recall_lr, "weight_decay": 0.01, "clip": clip},
+        "optim": {"name": "adamw", "lr": MODELS[model].recall_lr, "weight_decay": 0.01, "clip": clip},
         "schedule": {"warmup": 0.1, "decay": 0.3, "decay_type": "linear"},
         "train": {"steps": STEPS, "global_batch": batch, "checkpoint_every": STEPS, "val_every": STEPS},
         "log": {"every": 1},
@@ -246,7 +246,7 @@ def text_config(out: Path, source: str, model: str, seed: int, steps: int) -> di
         "seed": seed,
         "model": {"config": shape(model, **({"rope_theta": 10000.0} if model == "attention" else {}))},
         "data": {"source": source, "seq_len": TEXT["seq_len"], "cache_dir": str(out / "cache")},
-        "optim": {"lr": MODELS[model].text_lr},
+        "optim": {"name": "adamw", "lr": MODELS[model].text_lr},
         "schedule": {"warmup": 0.05, "decay": 0.5, "decay_type": "linear"},
         "train": {
             "steps": steps, "global_batch": TEXT["global_batch"], "checkpoint_every": steps, "val_every": steps,

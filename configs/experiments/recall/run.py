@@ -167,7 +167,7 @@ def run_config(out: Path, name: str, model: str, seed: int, vocab_size: int) -> 
             "seq_len": e.length,
             "cache_dir": str(out / "cache"),
         },
-        "optim": {"lr": recipe.lr, "weight_decay": 0.01},
+        "optim": {"name": "adamw", "lr": recipe.lr, "weight_decay": 0.01},
         "schedule": {"warmup": 0.12, "decay": 0.3, "decay_type": "linear", "min_lr_ratio": 0.02},
         "train": {
             "steps": e.steps, "global_batch": e.batch, "checkpoint_every": e.steps, "val_every": e.steps, "val_sequences": 16,
