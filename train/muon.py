@@ -1,5 +1,8 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982)."""
 
+from collections.abc import Iterator
+from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from hybridlm.ops.precision import product_dtype
 from train.sharding import put
 from train.tensor_files import local
+
+AT_ONCE = 2**26  # elements of matrices in one product
 
 
 class Muon(torch.optim.Muon):
@@ -24,13 +29,22 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             moved = with_gradient(group["params"])
             mesh = mesh_of(moved)
-            at_once = mesh.size() if mesh else 1
-            for some in (moved[i : i + at_once] for i in range(0, len(moved), at_once)):
-                updates = [direction(p.grad, self.state[p], group["momentum"]) for p in some]  # type: ignore[arg-type]
-                updates = one_each(updates, group, mesh.get_local_rank()) if mesh else [orthogonal(updates[0], group)]
+            for some in in_turn(moved, mesh):
+                towards = [direction(p.grad, self.state[p], group["momentum"]) for p in some]  # type: ignore[arg-type]
+                updates = one_each(towards, group, mesh.get_local_rank()) if mesh else orthogonal(torch.stack(towards), group)
                 for p, update in zip(some, updates):
                     size = 0.2 * max(p.shape) ** 0.5
                     local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(local(update), alpha=-group["lr"] * size)
+
+
+def in_turn(params: list[Tensor], mesh: DeviceMesh | None) -> Iterator[list[Tensor]]:
+    """Those that are orthogonalised at a time: as many as there are ranks, or alone those of one shape, in one product."""
+    if mesh is not None:
+        yield from (params[i : i + mesh.size()] for i in range(0, len(params), mesh.size()))
+        return
+    for shape, alike in groupby(sorted(params, key=lambda p: p.shape), key=lambda p: p.shape):
+        same, count = list(alike), max(1, AT_ONCE // prod(shape))
+        yield from (same[i : i + count] for i in range(0, len(same), count))
 
 
 def with_gradient(params: list[Tensor]) -> list[Tensor]:
@@ -64,19 +78,19 @@ def one_each(matrices: list[Any], group: dict, rank: int) -> list[Any]:
     for owner, matrix in enumerate(matrices):
         whole = matrix.bfloat16().full_tensor()  # as it is narrowed anyway
         if owner == rank:
-            own = orthogonal(whole, group).to(matrix.dtype)
+            own = orthogonal(whole[None], group)[0].to(matrix.dtype)
     for owner, matrix in enumerate(matrices):
         put(matrix, own if owner == rank else torch.empty(matrix.shape, device="meta"), owner)
     return matrices
 
 
-def orthogonal(matrix: Tensor, group: dict) -> Tensor:
-    """U V^T of a matrix (m n) = U S V^T, about: Newton-Schulz takes its singular values to between 0.7 and 1.2."""
-    (a, b, c), narrow = group["ns_coefficients"], matrix.bfloat16()
-    x = narrow.to(product_dtype(narrow))
-    x = x.T if len(x) > x.shape[1] else x
-    x = x / x.norm().clamp(min=group["eps"])
+def orthogonal(matrices: Tensor, group: dict) -> Tensor:
+    """U V^T of each matrix (i m n) = U S V^T, about: Newton-Schulz takes its singular values to between 0.7 and 1.2."""
+    (a, b, c), narrow = group["ns_coefficients"], matrices.bfloat16()
+    x, wide = narrow.to(product_dtype(narrow)), matrices.shape[-2] <= matrices.shape[-1]
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if len(matrix) > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
