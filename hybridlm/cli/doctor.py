@@ -10,7 +10,7 @@ from hybridlm.output import BYTES, scaled, table
 # Source only, and built against the torch that is there.
 BUILD = "pip install ninja packaging wheel && pip install --no-build-isolation"
 PACKAGES = {  # module: (package, what it is for, what installs it)
-    "torch": ("torch", "everything", "pip install 'torch>=2.7'"),
+    "torch": ("torch", "everything", "pip install 'torch>=2.9'"),
     "transformers": ("transformers", "everything", "pip install 'transformers>=5.20'"),
     "accelerate": ("accelerate", "training", "pip install 'accelerate>=1.10'"),
     "datasets": ("datasets", "reading data", "pip install 'datasets>=4.0'"),

@@ -51,10 +51,10 @@ def test_a_router_that_sends_all_to_few_becomes_balanced():
     common = 4 * router.weight.detach()[:2].sum(0) / router.weight[:2].norm()  # what all tokens have, and two experts look for
     worst = []
     for _ in range(80):
-        with expert_loads(router, torch.clone) as loads:
+        with expert_loads([router], torch.clone) as loads:
             router(torch.randn(200, router.config.hidden_size) + common)
         worst.append(load_figures(loads)["moe/max_violation"])
-        balance(router, loads, 0.01)
+        balance([router], loads, 0.01)
     assert worst[0] > 1.0
     assert max(worst[-10:]) < 0.35
 
@@ -67,7 +67,7 @@ def test_loads_are_those_of_the_routers_own_choices_of_all_passes(tiny_model, dr
         router.register_forward_hook(lambda module, inputs, output: chosen.append(output[1]))
     model(draw_ids(3, 5))  # not within
     chosen.clear()
-    with expert_loads(model, lambda loads: 10 * loads) as loads:
+    with expert_loads(routers(model), lambda loads: 10 * loads) as loads:
         for seed in (0, 1):
             model(ids := draw_ids(2, 13, seed), targets=ids).loss.sum().backward()
     assert not any(len(router._forward_hooks) > 1 for router in routers(model))

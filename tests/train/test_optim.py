@@ -87,7 +87,9 @@ def test_a_batch_that_does_not_divide_is_an_error():
 
 
 def test_adamw_is_torchs_own():
-    (optimizer,) = build_optimizers(HybridLMForCausalLM(HybridLMConfig(**TINY)), Optim(beta1=0.8, beta2=0.9, eps=1e-6))
+    (optimizer,) = build_optimizers(
+        HybridLMForCausalLM(HybridLMConfig(**TINY)), Optim(name="adamw", beta1=0.8, beta2=0.9, eps=1e-6)
+    )
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 

@@ -162,7 +162,7 @@ def test_a_file_that_was_damaged_is_told_and_written_anew(write, quiet_config, t
         ({"data__seq_len": 16}, "seq_len: 32 -> 16"),
         ({"data__source": "other"}, "data: .* -> other"),
         ({"distill__temperature": 2.0}, "distill.temperature: 1.0 -> 2.0"),
-        ({"train__steps": 3}, r"samples \(train.steps x train.global_batch\): 8 -> 12"),
+        ({"train__steps": 3}, r"samples \(of all train.steps\): 8 -> 12"),
         ({"vocab_size": 259}, "vocab_size: 258 -> 259"),
     ],
 )
