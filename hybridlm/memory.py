@@ -28,6 +28,7 @@ class Plan:
         recompute: kinds of layer, as pattern symbols, whose activations are computed again in backward.
         micro_batch: sequences in one pass of a GPU.
         global_batch: sequences in a step of all GPUs, where it is known.
+        optimizer: "adamw" or "muon".
     """
 
     gpus: int = 1
@@ -37,6 +38,7 @@ class Plan:
     micro_batch: int = 1
     seq_len: int = 8192
     global_batch: int | None = None
+    optimizer: str = "adamw"
 
     @property
     def width(self) -> int:
@@ -171,14 +173,16 @@ def group_bytes(config: HybridLMConfig, w: int) -> dict[str, int]:
 
 
 def state_bytes(config: HybridLMConfig, plan: Plan) -> dict[str, float]:
-    """What is there all the time: fp32 weights, gradients, AdamW's two moments, over all GPUs or on each of them; where they are
-    whole, autocast's copy of the layers' matrices, and the buckets in which DDP sums gradients."""
+    """What is there all the time: fp32 weights, gradients, AdamW's two moments, of Muon's matrices one, over all GPUs or on each
+    of them; where they are whole, autocast's copy of the layers' matrices, and the buckets in which DDP sums gradients."""
     total, sharded = count_parameters(config), plan.sharding == "fsdp2"
     share = total / plan.gpus if sharded else total
     narrow = {symbol: parameters_by_kind(config)[symbol] - wide for symbol, wide in wide_parameters(config).items()}
-    copied = 0 if sharded or plan.width == 4 else 2 * sum(narrow[symbol] for symbol in config.hybrid_override_pattern)
+    matrices = sum(narrow[symbol] for symbol in config.hybrid_override_pattern)
+    copied = 0 if sharded or plan.width == 4 else 2 * matrices
+    moments = 8 - (4 * matrices / total if plan.optimizer == "muon" else 0)
     buckets = 0 if sharded or plan.gpus == 1 else 4 * total
-    return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "copy": copied, "buckets": buckets}
+    return {"weights": 4 * share, "gradients": 4 * share, "moments": moments * share, "copy": copied, "buckets": buckets}
 
 
 def moments(config: HybridLMConfig, plan: Plan) -> dict[str, dict[str, float]]:

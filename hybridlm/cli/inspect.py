@@ -39,6 +39,7 @@ RUN_DEFAULTS: dict[str, Any] = {
     "steps": 1000,
     "seq_len": 512,
 }
+OPTIMIZERS = {"adamw": "AdamW's two moments, 8", "muon": "Muon's mean of the layers' matrices, 4, AdamW's moments of the rest, 8"}
 PARTS = {  # of the fullest moments, as a person reads them
     "activations": "activations",
     "head": "weight and gradient of the head",
@@ -94,6 +95,7 @@ def read_plan(source: str, gpus: int, given: dict[str, Any]) -> tuple[Plan, int 
     if run := is_run(values):
         said = {**(values.get("train") or {}), **(values.get("data") or {})}
         bare = {key: said.get(key, default) for key, default in RUN_DEFAULTS.items()}
+        bare["optimizer"] = (values.get("optim") or {}).get("name", "muon")
     chosen = bare | {key: value for key, value in given.items() if value is not None}
     if gpus == 1:
         chosen["sharding"] = "none"  # as `train` has it: there is nobody to share with
@@ -277,7 +279,7 @@ def training_rows(training: dict[str, Any]) -> Rows:
     rows: list[tuple[str, float, str]] = [
         ("weights", state["weights"], f"fp32: 4 bytes x {over}"),
         ("gradients", state["gradients"], f"fp32: 4 bytes x {over}"),
-        ("AdamW", state["moments"], f"two moments in fp32: 8 bytes x {over}"),
+        ("optimiser", state["moments"], f"in fp32, {OPTIMIZERS[training['optimizer']]}: bytes x {over}"),
         ("autocast", state["copy"], "its bf16 copy of the layers' matrices"),
         ("DDP", state["buckets"], "its buckets for gradients: 4 bytes x parameters"),
         (

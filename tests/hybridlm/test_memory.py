@@ -273,6 +273,8 @@ def test_the_state_is_shared_by_those_who_share():
     assert state_bytes(config, Plan(gpus=8)) == one | {"buckets": 4 * total}  # DDP
     sharded = state_bytes(config, Plan(gpus=8, sharding="fsdp2"))
     assert sharded == {"weights": total / 2, "gradients": total / 2, "moments": total, "copy": 0, "buckets": 0}
+    muon = state_bytes(config, Plan(optimizer="muon"))
+    assert muon == one | {"moments": pytest.approx(8 * total - 2 * one["copy"])}  # 4 bytes less of each matrix in bf16
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_bias": True, "mlp_bias": True, "attention_bias": True, "moe_latent_size": 40}])

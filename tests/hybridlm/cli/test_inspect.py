@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,10 +149,13 @@ def test_a_run_is_inspected_as_it_would_be_trained(tiny, tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(run))
     source = str(tmp_path / "run.yaml")
     nothing = dict.fromkeys(("precision", "sharding", "recompute", "micro_batch", "seq_len"))
-    plan = Plan(gpus=2, sharding="fsdp2", precision="bf16", recompute="M", micro_batch=6, seq_len=64, global_batch=12)
+    both = {"gpus": 2, "global_batch": 12, "optimizer": "muon"}
+    plan = Plan(sharding="fsdp2", precision="bf16", recompute="M", micro_batch=6, seq_len=64, **both)
     assert read_plan(source, 2, nothing) == (plan, 7)
     said = {"precision": "fp8", "sharding": "none", "recompute": "", "micro_batch": 3, "seq_len": 32}
-    assert read_plan(source, 2, said) == (Plan(gpus=2, global_batch=12, **said), 7)
+    assert read_plan(source, 2, said) == (Plan(**both, **said), 7)
+    (tmp_path / "run.yaml").write_text(json.dumps(run | {"optim": {"name": "adamw"}}))
+    assert read_plan(source, 2, nothing)[0] == replace(plan, optimizer="adamw")
     for gpus, given, message in [
         (5, {}, "must be a multiple of the number of GPUs"),
         (2, {"micro_batch": 4}, "must divide a GPU's share"),
@@ -169,6 +173,7 @@ def test_a_run_that_says_nothing_has_the_defaults_of_training(tiny, tmp_path):
     }
     (tmp_path / "run.yaml").write_text(json.dumps({"model": {"config": tiny()}, "train": None}))
     plan, steps = read_plan(str(tmp_path / "run.yaml"), 4, {})
+    assert plan.optimizer == defaults.optim.name
     assert (plan.precision, plan.sharding, plan.micro_batch, plan.seq_len, steps) == ("fp32", "none", 4, 512, 1000)
 
 
