@@ -7,8 +7,6 @@ are cut out, scored and timed; a short distillation of the best few, and the who
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 
 from hybridlm import HybridLMConfig
@@ -24,8 +22,7 @@ from train.config import dump
 from train.optim import samples_by
 from train.run import changes, last_line, lock, refuse_foreign
 from train.settings import Model, RunConfig
-from train.signals import terminated_as_interrupted
-from train.trainings import train_all
+from train.trainings import alone, to_the_end, train_all
 
 PHASES = ("importance", "search", "short distillation", "training", "evaluation")
 DISTILLED = "pruned + distilled"
@@ -50,14 +47,7 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(dump(config), end="")
         return 0
-    try:
-        with terminated_as_interrupted():
-            compress(config, arguments.launcher)
-    except KeyboardInterrupt as error:
-        why = f": {error}" if error.args else ""
-        print(f"interrupted{why}; what is finished is kept, and the same command goes on", file=sys.stderr)
-        return 1
-    return 0
+    return to_the_end(lambda: compress(config, arguments.launcher))
 
 
 def compress(config: CompressConfig, launcher: str | None = None) -> None:
@@ -68,11 +58,7 @@ def compress(config: CompressConfig, launcher: str | None = None) -> None:
         ChildProcessError: a training failed.
     """
     quiet()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "compress works in one process and starts the trainings itself; start it without a launcher, and name that as "
-            "--launcher 'torchrun --nproc_per_node 8'."
-        )
+    alone("compress")
     with lock(Path(config.run_dir)):
         check(config)
         work = open_work(config)

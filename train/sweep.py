@@ -3,8 +3,6 @@
 RUN/ then has `results.json`, `table.md`, `plot.png`, and `runs/ROW/seed-K`, each a run like any other.
 """
 
-import os
-import sys
 from pathlib import Path
 
 from hybridlm.output import quiet, write_json
@@ -14,10 +12,9 @@ from train.command_line import parse_command_line, settings_parser
 from train.config import dump, fault_list
 from train.run import changes, lock, refuse_foreign
 from train.settings import RunConfig
-from train.signals import terminated_as_interrupted
 from train.sweep_config import Row, SweepConfig, table_of_runs, with_grid
 from train.sweep_report import Result, diverged_file, results, table
-from train.trainings import last_error, train_all
+from train.trainings import alone, last_error, to_the_end, train_all
 from train.validation import figures
 
 # What a training says that ended by FloatingPointError (train/loop.py, train/incidents.py).
@@ -43,14 +40,7 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(dump(config), end="")
         return 0
-    try:
-        with terminated_as_interrupted():
-            sweep(config, arguments.launcher)
-    except KeyboardInterrupt as error:
-        why = f": {error}" if error.args else ""
-        print(f"interrupted{why}; what is finished is kept, and the same command goes on", file=sys.stderr)
-        return 1
-    return 0
+    return to_the_end(lambda: sweep(config, arguments.launcher))
 
 
 def sweep(config: SweepConfig, launcher: str | None = None) -> None:
@@ -61,11 +51,7 @@ def sweep(config: SweepConfig, launcher: str | None = None) -> None:
         ChildProcessError: a training failed, and did not just diverge.
     """
     quiet()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "sweep works in one process and starts the trainings itself; start it without a launcher, and name that as "
-            "--launcher 'torchrun --nproc_per_node 8'."
-        )
+    alone("sweep")
     rows, folder = table_of_runs(config), Path(config.run_dir)
     with lock(folder):
         check(config, rows)

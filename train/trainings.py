@@ -15,8 +15,33 @@ from tqdm import tqdm
 from train.config import dump
 from train.run import last_line
 from train.settings import RunConfig
+from train.signals import terminated_as_interrupted
 
 POLL = 0.3  # seconds
+
+
+def alone(job: str) -> None:
+    """
+    Raises:
+        ValueError: a launcher has started several of this job, which starts trainings itself.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{job} works in one process and starts the trainings itself; start it without a launcher, and name that as "
+            "--launcher 'torchrun --nproc_per_node 8'."
+        )
+
+
+def to_the_end(work: Callable[[], None]) -> int:
+    """The exit status of a job made of trainings: 1 where Ctrl-C or SIGTERM has cut it off, and it can go on."""
+    try:
+        with terminated_as_interrupted():
+            work()
+    except KeyboardInterrupt as error:
+        why = f": {error}" if error.args else ""
+        print(f"interrupted{why}; what is finished is kept, and the same command goes on", file=sys.stderr)
+        return 1
+    return 0
 
 
 def succeeded(run: RunConfig, status: int) -> bool:
