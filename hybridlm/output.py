@@ -34,13 +34,17 @@ def table(rows: Sequence[Sequence[str]], align: str = "<") -> str:
     return "\n".join("  ".join(f"{cell:{a}{n}}" for cell, a, n in zip(row, align, widths)).rstrip() for row in rows)
 
 
+def json_text(content: Any) -> str:
+    """NaN and infinity, which JSON has not, are errors."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(content: Any, path: str | Path) -> None:
-    """`path` "-" is stdout. NaN and infinity, which JSON has not, are errors."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """`path` "-" is stdout."""
     if str(path) == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(json_text(content))
     else:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(json_text(content), encoding="utf-8")
 
 
 def quiet() -> None:

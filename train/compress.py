@@ -13,12 +13,13 @@ from hybridlm import HybridLMConfig
 from hybridlm.compress.importance import Importance
 from hybridlm.compress.search import uniform_depth, uniform_width
 from hybridlm.machine import machine
-from hybridlm.output import quiet, table, write_json
+from hybridlm.output import json_text, quiet, table
+from hybridlm.strict_yaml import parse_yaml
 from train import files
 from train.command_line import parse_command_line, settings_parser
 from train.compress_config import CompressConfig, training
 from train.compress_search import Found, Row, Work, best_candidates, open_work, side_by_side, weigh
-from train.config import dump
+from train.config import dump, parse
 from train.optim import samples_by
 from train.run import changes, last_line, lock, refuse_foreign
 from train.settings import Model, RunConfig
@@ -92,8 +93,11 @@ def compress(config: CompressConfig, launcher: str | None = None) -> None:
 def check(config: CompressConfig) -> None:
     """
     Raises:
-        ValueError: the directory is of another compression, or of something else.
+        ValueError: the directory is of another compression, or of something else; settings that no training will take.
     """
+    parent = Model(init_from=config.model.init_from)
+    for steps in (config.train.steps, config.compress.short_steps):  # found out now, and not after the search
+        parse(parse_yaml(dump(training(config, "run", parent, config.model.init_from, steps))))
     refuse_foreign(config)
     folder = Path(config.run_dir)
     if (folder / "config.yaml").exists() and (changed := changes(config)):
@@ -117,7 +121,8 @@ def distil_shortly(work: Work, found: list[Found], launcher: str | None) -> Foun
         assert line is not None
         one.row["distilled_loss"] = line["val_loss"]
     rows = {one.row["name"]: one.row for one in found}
-    write_json(content | {"candidates": [rows.get(row["name"], row) for row in content["candidates"]]}, file)
+    content["candidates"] = [rows.get(row["name"], row) for row in content["candidates"]]
+    files.replace_text(file, json_text(content))
     return min(found, key=lambda one: one.row["distilled_loss"])
 
 
@@ -165,4 +170,4 @@ def write_summary(work: Work, entries: dict[str, Row], runs: dict[str, RunConfig
         "seconds": {phase: work.journal.results.get(f"seconds {phase}") for phase in PHASES},
         "machine": machine(),
     }  # fmt: skip
-    write_json(summary, work.folder / "summary.json")
+    files.replace_text(work.folder / "summary.json", json_text(summary))

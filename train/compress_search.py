@@ -23,7 +23,7 @@ from hybridlm.compress.surgery import PARTS, Kept, check_kinds, prune
 from hybridlm.data.blend import Blend
 from hybridlm.data.shards import Shards
 from hybridlm.journal import Journal, identity
-from hybridlm.output import write_json
+from hybridlm.output import json_text
 from hybridlm.scoring import Window, batch_arrays
 from hybridlm.strict_yaml import parse_yaml
 from hybridlm.timing import generate, request_dtype
@@ -243,7 +243,7 @@ def best_candidates(work: Work, importance: Importance) -> list[Found]:
         "parent": first[1] | {"name": "parent"}, "funnel": funnel | {"timed": len(timed) - 1, "kept": len(best)},
         "budget": asked, "prompt": c.prompt, "new": c.new, "candidates": [row for _, row in found],
     }  # fmt: skip
-    write_json(content, work.folder / "search.json")
+    files.replace_text(work.folder / "search.json", json_text(content))
     return [Found(work.cut(row["name"], kept(shape)), row) for shape, row in best]
 
 

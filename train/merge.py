@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     try:
         write_mean(models, arguments.out)
     except KeyboardInterrupt:
-        print(f"interrupted; there is no {arguments.out}", file=sys.stderr)
+        print(f"interrupted; {arguments.out} is {'whole' if arguments.out.exists() else 'not there'}", file=sys.stderr)
         return 1
     print(f"{arguments.out}: the mean of {len(models)} models: {', '.join(model.name for model in models)}")
     print(f"next: python -m eval perplexity --model {arguments.out} {models[-1].folder} --data SOURCE")
@@ -142,7 +142,8 @@ def _differences(first: Model, other: Model) -> list[str]:
 def _shape(model: Model) -> dict[str, Any]:
     """All of the configuration, with the defaults for what an older version did not write."""
     config = HybridLMConfig.from_pretrained(model.folder)
-    return {"architectures": config.architectures} | {name: getattr(config, name) for name in HybridLMConfig.__annotations__}
+    kind = {"architectures": config.architectures, "labels": config.label_names}
+    return kind | {name: getattr(config, name) for name in HybridLMConfig.__annotations__}
 
 
 def _bytes(path: Path) -> bytes | None:

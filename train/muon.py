@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982)."""
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import compress, groupby
 from math import prod
 from typing import Any
 
@@ -27,7 +27,10 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            moved = with_gradient(group["params"])
+            moved, still = by_gradient(group["params"])
+            for p in still:
+                if self.state[p]:
+                    self.state[p]["momentum_buffer"].mul_(group["momentum"])
             mesh = mesh_of(moved)
             for some in in_turn(moved, mesh):
                 towards = [direction(p.grad, self.state[p], group["momentum"]) for p in some]  # type: ignore[arg-type]
@@ -47,17 +50,18 @@ def in_turn(params: list[Tensor], mesh: DeviceMesh | None) -> Iterator[list[Tens
         yield from (same[i : i + count] for i in range(0, len(same), count))
 
 
-def with_gradient(params: list[Tensor]) -> list[Tensor]:
-    """Those with a gradient other than zero on any rank. An expert without tokens has one of zeros: what is left of its running
-    mean would be made as large as any update."""
+def by_gradient(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those with a gradient other than zero on any rank, and those with one of zeros. An expert without tokens has that: what is
+    left of its running mean would be made as large as any update."""
     some = [p for p in params if p.grad is not None]
     if not some:
-        return []
+        return [], []
     mesh = mesh_of(some)
     touched = torch.stack([local(p.grad).any() for p in some]).int()  # type: ignore[arg-type]
     if mesh is not None:
         distributed.all_reduce(touched, distributed.ReduceOp.MAX, group=mesh.get_group())
-    return [p for p, is_touched in zip(some, touched.tolist()) if is_touched]
+    there = touched.tolist()
+    return list(compress(some, there)), [p for p, is_there in zip(some, there) if not is_there]
 
 
 def mesh_of(params: list[Tensor]) -> DeviceMesh | None:

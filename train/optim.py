@@ -42,7 +42,7 @@ def build_optimizers(model: AnyModel, config: Optim) -> list[torch.optim.Optimiz
 def learning_rate(optim: Optim, schedule: Schedule, steps: int) -> Callable[[int], float]:
     """The learning rate of step 1 … steps: warm-up, stable, decay (transformers' own WSD)."""
     warmup = round(schedule.warmup * steps)
-    decay = min(int(schedule.decay * steps), steps - warmup)
+    decay = min(int(schedule.decay * steps + 1e-6), steps - warmup)  # 0.29 of 100 steps is 28.999999999999996
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     multiplier = get_wsd_schedule(
         unused,

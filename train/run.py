@@ -1,5 +1,6 @@
 """The run directory: who may use it, and what is written there line by line."""
 
+import fcntl
 import json
 import logging
 import os
@@ -62,6 +63,19 @@ def lock(run_dir: Path) -> Iterator[None]:
         held.release()
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process uses the directory. The lock is asked for shared and only for reading, and given back at once."""
+    file = run_dir / LOCK
+    if not file.is_file():
+        return False
+    with file.open("rb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def check(config: RunConfig, resume: str, allow_config_change: bool) -> Path | None:
     """From which checkpoint to go on (None: from the start). Changes nothing.
 
@@ -109,14 +123,23 @@ def refuse_foreign(config: RunConfig) -> None:
 def changes(config: RunConfig) -> list[str]:
     """A line for each setting in which the directory's run differs; its own place does not count.
 
-    What came after that run was begun has its default there, but for the optimiser, which was AdamW.
+    What came after that run was begun has its default there, but for the optimiser, which was AdamW, and the biases of experts'
+    routers, which stayed.
     """
     before = load_yaml(Path(config.run_dir) / "config.yaml")
     if isinstance(before.get("optim"), dict):
         before["optim"].setdefault("name", "adamw")
+        if "E" in _pattern(before):
+            before["optim"].setdefault("moe_bias_rate", 0.0)
     with suppress(ValueError):  # what cannot be read any more is compared as it stands
         before = parse_yaml(dump(parse(before, type(config))))
     return [line for line in differences(before, parse_yaml(dump(config))) if not line.startswith("run_dir:")]
+
+
+def _pattern(settings: dict) -> str:
+    model = settings.get("model")
+    shape = model.get("config") if isinstance(model, dict) else None
+    return str(shape.get("hybrid_override_pattern")) if isinstance(shape, dict) else ""
 
 
 def claim(config: RunConfig, start_from: Path | None, step: int, ranks: int) -> None:
@@ -165,9 +188,17 @@ def append(file: Path, line: dict) -> None:
 
 def last_line(file: Path, key: str) -> dict | None:
     """The last line that has `key`; one that is not written to its end yet, or was cut off, does not count."""
-    texts = file.read_text().splitlines(keepends=True) if file.exists() else []
-    lines = (json.loads(text) for text in reversed(texts) if text.endswith("\n"))
-    return next((line for line in lines if key in line), None)
+    if not file.exists():
+        return None
+    with file.open("rb") as content:
+        end = content.seek(0, os.SEEK_END)
+        for size in (min(2**16, end), end):  # of a long run as a rule the end will do
+            content.seek(end - size)
+            texts = content.read(size).splitlines(keepends=True)[size < end :]
+            lines = (json.loads(text) for text in reversed(texts) if text.endswith(b"\n"))
+            if found := next((line for line in lines if key in line), None):
+                return found
+    return None
 
 
 def drop_after(file: Path, step: int) -> None:

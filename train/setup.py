@@ -135,7 +135,7 @@ def check_shape(start_from: Path, model: AnyModel) -> None:
         ValueError: the checkpoint is of another architecture, though its tensors may have the same sizes.
     """
     kept, names = HybridLMConfig.from_pretrained(start_from / "model"), HybridLMConfig.__annotations__
-    before, after = ({name: getattr(config, name) for name in names} for config in (kept, model.config))
+    before, after = ({name: getattr(config, name) for name in (*names, "label_names")} for config in (kept, model.config))
     if lines := list(differences(before, after)):
         raise ValueError(
             f"{start_from} is of another model:\n"

@@ -20,6 +20,17 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextmanager
+def unstoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM do nothing: for what ends soon, and must not be left halfway by whoever asks twice."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Gives `received()`: whether Ctrl-C (SIGINT) or SIGTERM has asked to stop, which the loop does after the step at hand.
 

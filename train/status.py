@@ -1,7 +1,6 @@
 """python -m train status RUN [--json]: where a run stands, from its files alone. Nothing is written."""
 
 import argparse
-import fcntl
 import json
 import math
 import shlex
@@ -10,13 +9,19 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hybridlm.output import BYTES, COUNT, scaled, table, write_json
 from hybridlm.strict_yaml import load_yaml
 from train import checkpoint
+from train.run import is_locked
 
+SEVERAL = {
+    "sweep": "runs/*/seed-*",
+    "compress": "runs/*",
+}  # jobs made of runs, by a section of their settings, and where those are
 SILENT = 10  # seconds without a sign after which a rank is said to be silent; they give one twice a second
 BAR, WIDTH = 24, 66  # characters
 
@@ -44,6 +49,8 @@ def look(run: Path) -> dict[str, Any]:
         raise ValueError(f"there is no folder {run}.")
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run} is no run directory: it has no config.yaml. Give the run_dir of a run.")
+    if job := next((job for job in SEVERAL if job in _settings(run)), None):
+        raise ValueError(f"{run} holds several runs; give one of {run / SEVERAL[job]}.")
     now, metrics = time.time(), run / "metrics.jsonl"
     plan, fault = _plan(run / "config.yaml")
     steps = plan.get("steps")
@@ -53,7 +60,7 @@ def look(run: Path) -> dict[str, Any]:
     newest = next((one for one in saved if not one["faults"]), None)
     if fault is None and saved and newest is None:
         fault = "no checkpoint is whole: restore one, or begin again with another --run_dir"
-    running = _locked(run / ".lock")
+    running = is_locked(run)
     if running or fault:
         state = "running" if running else "broken"
     elif newest and newest["step"] >= plan["steps"]:
@@ -90,6 +97,13 @@ def look(run: Path) -> dict[str, Any]:
         "disk_free_bytes": shutil.disk_usage(run).free,
     }
     return content | {"next": _next(content)}
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """None where they cannot be read."""
+    with suppress(ValueError):
+        return load_yaml(run / "config.yaml")
+    return {}
 
 
 def _plan(file: Path) -> tuple[dict[str, Any], str | None]:
@@ -145,18 +159,6 @@ def _read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _last(lines: list[dict[str, Any]], key: str) -> Any:
     return next((line[key] for line in reversed(lines) if _is_number(line.get(key))), None)
-
-
-def _locked(file: Path) -> bool:
-    """Whether someone holds the lock. It is asked for shared and only for reading, and given back at once."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _checkpoint(folder: Path, step: int, now: float) -> dict[str, Any] | None:

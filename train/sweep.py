@@ -5,7 +5,7 @@ RUN/ then has `results.json`, `table.md`, `plot.png`, and `runs/ROW/seed-K`, eac
 
 from pathlib import Path
 
-from hybridlm.output import quiet, write_json
+from hybridlm.output import json_text, quiet
 from hybridlm.strict_yaml import load_yaml
 from train import files
 from train.command_line import parse_command_line, settings_parser
@@ -56,16 +56,21 @@ def sweep(config: SweepConfig, launcher: str | None = None) -> None:
     with lock(folder):
         check(config, rows)
         files.replace_text(folder / "config.yaml", dump(config))
+        runs = [run for row in rows for run in row.runs]
+        for run in runs:
+            if not Path(run.run_dir).exists():
+                diverged_file(run).unlink(missing_ok=True)  # of one that somebody has deleted
+        (folder / "plot.png").unlink(missing_ok=True)  # it may be of other rows
         write(config, rows)
 
         def ended(run: RunConfig, status: int) -> bool:
             if status == 1 and any(words in (said := last_error(run)) for words in DIVERGED):
-                diverged_file(run).write_text(said.removeprefix(": ") + "\n", encoding="utf-8")
+                files.replace_text(diverged_file(run), said.removeprefix(": ") + "\n")
                 status = 0
             write(config, rows)
             return status == 0
 
-        train_all([run for row in rows for run in row.runs if not diverged_file(run).exists()], "sweep", launcher, ended)
+        train_all([run for run in runs if not diverged_file(run).exists()], "sweep", launcher, ended)
         found = write(config, rows)
         from train.sweep_charts import draw  # with matplotlib, for which no other job is to wait
 
@@ -82,7 +87,7 @@ def write(config: SweepConfig, rows: list[Row]) -> list[Result]:
     """results.json and table.md, of what is there so far."""
     folder, target = Path(config.run_dir), config.sweep.target
     found = results(rows, target)
-    write_json({"unit": unit(config), "target": target, "rows": found}, folder / "results.json")
+    files.replace_text(folder / "results.json", json_text({"unit": unit(config), "target": target, "rows": found}))
     files.replace_text(folder / "table.md", table(found, unit(config), target))
     return found
 

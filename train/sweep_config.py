@@ -114,7 +114,7 @@ def table_of_runs(config: SweepConfig) -> list[Row]:
     points = [dict(zip(sweep.grid, values)) for values in product(*sweep.grid.values())]
     for (variant, changes), point in product((sweep.variants or {"": {}}).items(), points):
         told = {key: value for key, value in point.items() if value != _value(whole, key)}
-        name = "_".join(slug(part) for part in (variant, *_texts(told)) if part) or "base"
+        name = slug("_".join(slug(part) for part in (variant, *_texts(told)) if part)) or "base"
         try:
             run: RunConfig = parse(_changed(base, changes | point))
         except ValueError as error:

@@ -11,7 +11,6 @@ from train.sweep_config import Row, as_text, short_names
 from train.trainings import is_done
 
 Result = dict[str, Any]
-VALIDATION = ("source", "val_source", "val_fraction", "tokenizer", "seq_len")  # of data: what a loss is of
 NEVER = math.inf  # seconds to a loss that was not reached; in JSON "never"
 
 
@@ -43,7 +42,6 @@ def result(row: Row, target: float | None) -> Result:
     until = median(reached) if target is not None and reached else None
     return {
         "name": row.name, "settings": row.settings, "parameters": row.parameters,
-        "validated_on": {name: getattr(row.runs[0].data, name) for name in VALIDATION},
         "tokens": done[0]["tokens"] if done else None,
         "val_loss": loss, "stderr": error, "val_bits_per_byte": mean(bits) if bits else None,
         "seconds": median(run["seconds"] for run in done) if done else None,
@@ -67,7 +65,14 @@ def outcome(run: RunConfig, target: float | None) -> Result:
         "seconds": seconds(lines, math.inf) if state == "done" else None,
         "seconds_to_target": None if target is None else "never" if reached is None else seconds(lines, reached),
         "validations": [[line["step"], line["val_loss"]] for line in curve],
+        "validated_on": validated_on(run) if state == "done" else None,
     }  # fmt: skip
+
+
+def validated_on(run: RunConfig) -> Result:
+    """What the last loss is of; `sha256` of the tokens of each validation set."""
+    state = json.loads((Path(run.run_dir) / "model").resolve().with_name("state.json").read_text(encoding="utf-8"))
+    return {"sha256": state["validation"], "seq_len": run.data.seq_len, "val_sequences": run.train.val_sequences}
 
 
 def tokens_to(curve: list[dict[str, Any]], target: float) -> float | None:
@@ -103,8 +108,10 @@ def spread(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def best_of(found: list[Result]) -> Result | None:
-    """That of the least mean, among those of which every run came to its end; none where rows were validated on other texts."""
-    if len({json.dumps(entry["validated_on"]) for entry in found}) > 1:
+    """That of the least mean, among those of which every run came to its end; none where runs were validated on other tokens
+    or windows than each other."""
+    done = [run for entry in found for run in entry["runs"].values() if run["state"] == "done"]
+    if any(run["validated_on"] != done[0]["validated_on"] for run in done):
         return None
     whole = [entry for entry in found if all(run["state"] == "done" for run in entry["runs"].values())]
     return min(whole, key=lambda entry: entry["val_loss"], default=None)

@@ -2,22 +2,24 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from train.config import dump
-from train.run import last_line
+from train.run import is_locked, last_line
 from train.settings import RunConfig
-from train.signals import terminated_as_interrupted
+from train.signals import terminated_as_interrupted, unstoppable
 
 POLL = 0.3  # seconds
+BEGIN = "\n$ "  # in the log, before the command of each start
 
 
 def alone(job: str) -> None:
@@ -52,7 +54,8 @@ def train_all(
     runs: list[RunConfig], told: str, launcher: str | None = None, fine: Callable[[RunConfig, int], bool] = succeeded
 ) -> None:
     """Trains what is not trained to its end yet; beside the directory of each run are its settings and what it printed.
-    Interrupted, the trainings at work save and stop; the same call goes on.
+    Interrupted, the trainings at work save and stop; the same call goes on. Killed, it leaves them at work, and the next call
+    waits for them.
 
     Args:
         launcher: what starts each of them in the place of Python, one at a time.
@@ -61,9 +64,9 @@ def train_all(
     Raises:
         ChildProcessError: one failed.
     """
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = 1 if torch.cuda.is_available() or launcher else min(2, cores)
-    waiting = deque(run for run in runs if not is_done(run))
+    waiting = [run for run in runs if not is_done(run)]
     running: dict[str, subprocess.Popen] = {}
     named = {run.run_dir: run for run in runs}
     excused = set()  # those that failed, and the others go on
@@ -74,24 +77,30 @@ def train_all(
     with tqdm(total=total, initial=sum(done.values()), desc=told, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
-                    run = waiting.popleft()
-                    running[run.run_dir] = start(run, max(1, cores // at_once), launcher)
+                elsewhere = [run for run in waiting if is_locked(Path(run.run_dir))]
+                free = [run for run in waiting if run not in elsewhere]
+                for run in free[: max(0, at_once - len(running) - len(elsewhere))]:
+                    waiting.remove(run)
+                    if not is_done(run):
+                        running[run.run_dir] = start(run, max(1, cores // at_once), launcher)
                 time.sleep(POLL)
                 ended = [name for name, process in running.items() if process.poll() is not None]
-                done |= {name: steps_done(named[name]) for name in running}  # of the others it does not change
+                at_work = [*running, *(run.run_dir for run in elsewhere)]
+                done |= {name: steps_done(named[name]) for name in at_work}  # of the others it does not change
                 for name in ended:
                     status = running.pop(name).returncode
                     if not fine(named[name], status):
-                        raise ChildProcessError(f"the training {name} failed; {name}.log says why{last_error(named[name])}")
+                        raise ChildProcessError(failure(named[name], status))
                     if status:
                         excused.add(name)
+                        bar.total = total = total - named[name].train.steps + done[name]
                 bar.update(sum(done.values()) - bar.n)
         finally:
-            for process in running.values():
-                process.terminate()  # it saves
-            for process in running.values():
-                process.wait()
+            with unstoppable():
+                for process in running.values():
+                    process.terminate()  # it saves
+                for process in running.values():
+                    process.wait()
     if unfinished := [run.run_dir for run in runs if run.run_dir not in excused and not is_done(run)]:
         raise KeyboardInterrupt(f"{', '.join(unfinished)} stopped before the end")
 
@@ -102,15 +111,25 @@ def settings_file(run: RunConfig) -> Path:
 
 def start(run: RunConfig, threads: int, launcher: str | None) -> subprocess.Popen:
     limited = {} if torch.cuda.is_available() or launcher else {"OMP_NUM_THREADS": str(threads)}
+    command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings_file(run))]
     with open(f"{run.run_dir}.log", "a") as file:
-        command = [*(shlex.split(launcher) if launcher else [sys.executable]), "-m", "train", "--config", str(settings_file(run))]
+        file.write(f"{BEGIN}{shlex.join(command)}\n")
+        file.flush()
         return subprocess.Popen(command, env=limited | os.environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
+def failure(run: RunConfig, status: int) -> str:
+    if status == -signal.SIGKILL:
+        return f"the training {run.run_dir} was killed, as when memory runs out; {run.run_dir}.log has what it said."
+    return f"the training {run.run_dir} failed; {run.run_dir}.log says why{last_error(run)}"
+
+
 def last_error(run: RunConfig) -> str:
-    """It may stand between the progress of another process: of a call that was killed, the training is still at work."""
-    _, found, text = Path(f"{run.run_dir}.log").read_text(errors="replace").rpartition("error: ")
-    return ": " + text.partition("\n")[0] if found else "."
+    """Of the last start: a line, and the list below it. It may stand between lines of progress."""
+    said = Path(f"{run.run_dir}.log").read_text(errors="replace").rpartition(BEGIN)[2]
+    _, found, text = said.rpartition("error: ")
+    first, *others = text.split("\n")
+    return ": " + "\n".join([first, *takewhile(lambda line: line.startswith("  "), others)]) if found else "."
 
 
 def steps_done(run: RunConfig) -> int:

@@ -201,6 +201,11 @@ BAD = {
         {"train": {"precision": "fp8", "fp8_emulate": True}, "compress": {"compare": ["uniform"]}},
         "train.fp8_unfit: bf16",
     ),
+    "what no training will take": ({"optim": {"z_loss": 1e-4}}, "optim.z_loss: it is for the next-token loss"),
+    "what the short one will not take": (
+        {"schedule": {"batch_start": 1, "batch_warmup": 0.5}, "compress": {"short_steps": 1}},
+        "0.5 of 1 steps are fewer than the 1 doublings",
+    ),
     "no such teacher": ({"distill": {"teacher": "./nowhere"}}, "there is no checkpoint folder ./nowhere"),
     "a misspelt setting": ({"compress": {"max_parameter": 0.5}}, "did you mean compress.max_parameters?"),
 }

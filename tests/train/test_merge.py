@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_named_and_nothing_is_left(make_models, tmp_path, 
 
     monkeypatch.setattr(merge, "_check_finite", interrupt)
     status, _, err = run_main(main, "merge", "--models", *folders, "--out", out)
-    assert status == 1 and f"interrupted; there is no {out}" in err
+    assert status == 1 and f"interrupted; {out} is not there" in err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -198,3 +198,9 @@ def test_a_classifier_is_merged_too(make_labelled, tmp_path, run_main):
     scope = {"folder": out}
     exec(text.split("```python\n")[1].split("```")[0], scope)
     assert scope["model"](torch.tensor([scope["tokenizer"]("the cat")["input_ids"]])).logits.shape == (1, 3)
+    other = shutil.copytree(out, tmp_path / "other")
+    values = json.loads((other / "config.json").read_text())
+    values["id2label"]["0"], values["label2id"] = "what", None
+    (other / "config.json").write_text(json.dumps(values))
+    status, _, err = run_main(main, "merge", "--models", out, other, "--out", tmp_path / "more")
+    assert status == 2 and "config.json labels: [" in err and "'what'" in err

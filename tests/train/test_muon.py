@@ -54,6 +54,8 @@ def test_a_matrix_without_gradient_or_with_one_of_zeros_stays_whatever_its_runni
     optimizer.step()
     before = [p.detach().clone() for p in (first, second, third)]
     second.grad = torch.zeros_like(second)  # as of an expert that got no token
+    mean = optimizer.state[second]["momentum_buffer"].clone()
     optimizer.step()
     assert torch.equal(first, before[0]) and torch.equal(second, before[1])
+    assert torch.equal(optimizer.state[second]["momentum_buffer"], 0.95 * mean)  # it fades, as if it had been moved on
     assert third.isfinite().all() and not torch.equal(third, before[2])

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from hybridlm.strict_yaml import load_yaml
+from tests.train.conftest import SHAPE
 from train.run import LOCK, append, check, claim, drop_after, lock
 
 
@@ -58,6 +59,24 @@ def test_a_run_from_before_there_was_a_choice_of_optimisers_had_adamw(make_confi
     assert check(config, "auto", False) is None
     with pytest.raises(ValueError, match=r"other settings:\n  optim\.name: 'adamw' -> 'muon'\n"):
         check(make_config(optim__name="muon"), "auto", False)
+
+
+@pytest.mark.parametrize("pattern", ["ME", "M-"])
+def test_in_a_run_from_before_biases_were_balanced_they_stayed(make_config, pattern):
+    """Without experts there is nothing to be told."""
+    shape = SHAPE | {"hybrid_override_pattern": pattern}
+    config = make_config(model__config=shape)
+    start(config)
+    file = Path(config.run_dir) / "config.yaml"
+    older = load_yaml(file)
+    del older["optim"]["moe_bias_rate"]
+    file.write_text(yaml.safe_dump(older))
+    if pattern == "M-":
+        assert check(config, "auto", False) is None
+        return
+    assert check(make_config(model__config=shape, optim__moe_bias_rate=0.0), "auto", False) is None
+    with pytest.raises(ValueError, match=r"other settings:\n  optim\.moe_bias_rate: 0\.0 -> 0\.001\n"):
+        check(config, "auto", False)
 
 
 def test_never_refuses_a_run_and_what_is_something_else_is_left_alone(make_config):

@@ -310,6 +310,13 @@ def test_what_is_no_run_ends_with_2_and_says_so(what, tmp_path, run_main):
     assert err.startswith("error: ") and ("is no run directory" if what == "folder" else "there is no folder") in err
 
 
+@pytest.mark.parametrize("job, place", [("sweep", "runs/*/seed-*"), ("compress", "runs/*")])
+def test_of_a_job_made_of_runs_it_says_where_they_are(tmp_path, run_main, job, place):
+    (tmp_path / "config.yaml").write_text(f"{job}: {{}}\ntrain: {{steps: 3}}\n")
+    code, out, err = run_main(cli.main, "status", tmp_path)
+    assert code == 2 and out == "" and f"holds several runs; give one of {tmp_path}/{place}." in err
+
+
 def test_a_classifiers_loss_is_of_documents_and_its_accuracy_is_told(make_labelled, tmp_path, monkeypatch):
     config = make_labelled("sum", train__steps=2)
     train(config)

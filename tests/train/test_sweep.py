@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -49,7 +50,7 @@ def trained(monkeypatch):
             if is_done(run):
                 continue
             names.append("/".join(Path(run.run_dir).parts[-2:]))
-            Path(run.run_dir).parent.mkdir(parents=True, exist_ok=True)
+            Path(run.run_dir).mkdir(parents=True, exist_ok=True)
             said = f"error: step 3: loss nan and gradient norm nan {DIVERGED[0]}.\n" if run.optim.lr > 2 else "error: disk full\n"
             Path(f"{run.run_dir}.log").write_text(said)
             if run.optim.lr <= 1:
@@ -116,6 +117,14 @@ def test_a_run_that_diverges_stops_no_other_and_is_not_tried_again(settings, tra
     assert out.splitlines()[2].split("|")[3].strip() == "diverged" and "**0.1000**" in out
     assert (tmp_path / "out/runs/lr-3.0/seed-0.diverged").read_text().startswith("step 3: loss nan and")
     assert sweep(settings(), "--grid", "optim.lr=3.0,0.1", "seed=0")[0] == 0 and len(trained) == 2
+    (tmp_path / "out/runs/lr-3.0/seed-0").rmdir()  # deleted, it is tried again
+    assert sweep(settings(), "--grid", "optim.lr=3.0,0.1", "seed=0")[0] == 0 and len(trained) == 3
+
+
+def test_no_plot_of_other_rows_is_left_beside_the_table(settings, trained, sweep, tmp_path, monkeypatch):
+    assert sweep(settings(), "--grid", "optim.lr=0.1", "seed=0")[0] == 0 and (tmp_path / "out/plot.png").exists()
+    monkeypatch.setattr("train.sweep.train_all", Mock(side_effect=KeyboardInterrupt))
+    assert sweep(settings(), "--grid", "optim.lr=0.1,0.2", "seed=0")[0] == 1 and not (tmp_path / "out/plot.png").exists()
 
 
 def test_any_other_failure_ends_it(settings, trained, sweep, tmp_path):

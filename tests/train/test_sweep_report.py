@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def finish(run, losses, speed=100.0):
     folder, steps = Path(run.run_dir), run.train.steps
     (folder / "checkpoints" / f"step-{steps}" / "model").mkdir(parents=True)
     (folder / "model").symlink_to(f"checkpoints/step-{steps}/model")
+    (folder / "checkpoints" / f"step-{steps}" / "state.json").write_text(json.dumps({"validation": ["5a6b"]}))
     lines = []
     for i, loss in enumerate(losses):
         step = i * steps // (len(losses) - 1)
@@ -128,9 +130,14 @@ def test_the_plot_is_drawn_with_diverged_rows_and_long_names(rows, tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_rows_that_are_validated_on_other_texts_have_no_best(rows):
+@pytest.mark.parametrize("other", ["tokens", "length", "number"])
+def test_runs_that_are_validated_on_other_tokens_or_windows_have_no_best(rows, other):
+    assert best_of(results(rows[:2], target=None))["name"] == rows[0].name
+    run = rows[1].runs[1]
+    if other == "tokens":  # the text may have changed between two calls
+        (Path(run.run_dir) / "checkpoints" / "step-20" / "state.json").write_text(json.dumps({"validation": ["c7d8"]}))
+    changed = {"length": {"data": replace(run.data, seq_len=6)}, "number": {"train": replace(run.train, val_sequences=3)}}
+    rows[1].runs[1] = replace(run, **changed.get(other, {}))
     found = results(rows[:2], target=None)
-    assert best_of(found) is found[0]
-    found[1]["validated_on"] = found[1]["validated_on"] | {"tokenizer": "another"}
     assert best_of(found) is None
     assert "**" not in table(found, "nats/token", None) and "best" not in table(found, "nats/token", None)

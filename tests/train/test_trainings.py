@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,12 +13,13 @@ import pytest
 
 from tests.train.conftest import SHAPE
 from train import trainings
-from train.config import parse
+from train.config import dump, parse
+from train.run import is_locked
 from train.trainings import is_done, train_all
 
 # Trains as the file `what` beside the settings says, and writes down that it began, was asked to stop, and ended.
 STAND_IN = """
-import json, os, pathlib, signal, sys, time, yaml
+import fcntl, json, os, pathlib, signal, sys, time, yaml
 
 file = pathlib.Path(sys.argv[-1])
 assert sys.argv[1:-1] == ["-m", "train", "--config"]
@@ -36,8 +38,17 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 say("began")
 print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+if what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "hold":
+    run.mkdir()
+    held = (run / ".lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    while (file.parent / "what").read_text() == "hold":
+        time.sleep(0.01)
+    time.sleep(0.1)
 if what == "fail":
-    sys.exit("12%|#  |error: no luck\\n 13%|#  |")
+    sys.exit("12%|#  |error: no luck\\n  at all\\n 13%|#  |")
 if what == "wait":
     time.sleep(60)
 if what == "leave":
@@ -89,11 +100,28 @@ def test_with_a_launcher_one_comes_after_the_other_and_what_is_done_is_not_done_
 
 
 def test_a_failure_names_the_log_and_what_it_says_last(runs, launcher, tmp_path):
-    with pytest.raises(ChildProcessError, match=r"training .*runs/first failed; .*runs/first\.log says why: no luck$"):
+    with pytest.raises(ChildProcessError, match=r"training .*runs/first failed; .*runs/first\.log says why: no luck\n  at all$"):
         train_all(runs, "training", launcher("fail"))
     assert said(tmp_path) == ["began first"]
     train_all(runs, "training", launcher("train"))
     assert all(map(is_done, runs))
+
+
+def test_of_one_that_was_killed_it_is_said(runs, launcher):
+    with pytest.raises(ChildProcessError, match=r"training .*runs/first was killed, .*memory.* .*runs/first\.log has what"):
+        train_all(runs, "training", launcher("die"))
+
+
+def test_what_a_call_that_was_killed_left_at_work_is_waited_for(runs, launcher, tmp_path):
+    file = trainings.settings_file(runs[0])
+    file.write_text(dump(runs[0]))
+    launcher("hold")
+    left = subprocess.Popen([sys.executable, str(tmp_path / "stand-in.py"), "-m", "train", "--config", str(file)])
+    while not is_locked(Path(runs[0].run_dir)):
+        time.sleep(0.01)
+    train_all(runs, "training", launcher("train"))
+    assert left.wait() == 0
+    assert said(tmp_path) == ["began first", "ended first", "began second", "ended second"]
 
 
 def test_interrupted_it_stops_the_training_at_work_and_goes_on_when_called_again(runs, launcher, tmp_path):
@@ -163,6 +191,6 @@ def test_where_a_failure_is_fine_the_others_go_on(runs, launcher, tmp_path):
         return True
 
     train_all(runs, "training", launcher("fail"), fine)
-    assert told == [("first", 1, ": no luck"), ("second", 1, ": no luck")]
-    train_all(runs, "training", launcher("train"), lambda run, status: told.append(status) or True)
-    assert told[2:] == [0, 0]
+    assert told == [("first", 1, ": no luck\n  at all"), ("second", 1, ": no luck\n  at all")]
+    train_all(runs, "training", launcher("train"), lambda run, status: told.append((status, trainings.last_error(run))) or True)
+    assert told[2:] == [(0, "."), (0, ".")]  # in the log, the error of the start before is above the new one's
