@@ -100,7 +100,7 @@ def look(run: Path) -> dict[str, Any]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """None where they cannot be read."""
+    """None where they cannot be read, of which `_plan` says why."""
     with suppress(ValueError):
         return load_yaml(run / "config.yaml")
     return {}
