@@ -20,8 +20,8 @@ demo: .venv/ready  ## train a small hybrid for about four minutes, then report o
 bench: .venv/ready  ## speed and memory beside stock transformers, in about twelve minutes; LONG=1 adds a prompt of 65,536
 	$(BIN)/python -m eval bench $(if $(LONG),--long)
 
-test: .venv/ready
-	$(BIN)/python -m pytest -n 2 tests
+test: .venv/ready  ## on two cores the third process works while another waits
+	$(BIN)/python -m pytest -n 3 tests
 
 faults: .venv/ready  ## kills, starves and corrupts runs: kills at every file operation, power loss, resumes; and what the care costs; about a quarter of an hour on two cores
 	$(BIN)/python -m pytest -n 2 -m faults tests
