@@ -11,6 +11,11 @@ import torch
 import transformers
 
 
+def cores() -> int:
+    """Those that this process may use: a scheduler may have given it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

@@ -9,7 +9,6 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,11 @@ def look(run: Path) -> dict[str, Any]:
         raise ValueError(f"there is no folder {run}.")
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run} is no run directory: it has no config.yaml. Give the run_dir of a run.")
-    if job := next((job for job in SEVERAL if job in _settings(run)), None):
+    settings, unread = _settings(run / "config.yaml")
+    if job := next((job for job in SEVERAL if job in settings), None):
         raise ValueError(f"{run} holds several runs; give one of {run / SEVERAL[job]}.")
     now, metrics = time.time(), run / "metrics.jsonl"
-    plan, fault = _plan(run / "config.yaml")
+    plan, fault = ({}, unread) if unread else _plan(settings)
     steps = plan.get("steps")
     lines, unreadable = _read_lines(metrics)
     incidents, _ = _read_lines(run / "incidents.jsonl")
@@ -99,22 +99,20 @@ def look(run: Path) -> dict[str, Any]:
     return content | {"next": _next(content)}
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    """None where they cannot be read, of which `_plan` says why."""
-    with suppress(ValueError):
-        return load_yaml(run / "config.yaml")
-    return {}
-
-
-def _plan(file: Path) -> tuple[dict[str, Any], str | None]:
-    """`steps`, `global_batch`, `seq_len` and whether it is a classifier that is trained (`classifies`); or nothing, and what is
-    wrong with the file."""
+def _settings(file: Path) -> tuple[dict[str, Any], str | None]:
+    """What the file says; or nothing, and why it cannot be read."""
     try:
-        config = load_yaml(file)
-        plan: dict[str, Any] = {"steps": config["train"]["steps"], "global_batch": config["train"]["global_batch"]}
-        plan["seq_len"] = config["data"]["seq_len"]
+        return load_yaml(file), None
     except ValueError as error:
         return {}, str(error)
+
+
+def _plan(config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """`steps`, `global_batch`, `seq_len` and whether it is a classifier that is trained (`classifies`); or nothing, and what is
+    wrong with the settings."""
+    try:
+        plan: dict[str, Any] = {"steps": config["train"]["steps"], "global_batch": config["train"]["global_batch"]}
+        plan["seq_len"] = config["data"]["seq_len"]
     except (KeyError, TypeError) as error:
         return {}, f"config.yaml is not the settings of a run ({error})"
     if wrong := [f"{name} is {value!r}" for name, value in plan.items() if not (_is_count(value) and value > 0)]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hybridlm.machine import cores
 from train.config import dump
 from train.run import is_locked, last_line
 from train.settings import RunConfig
@@ -64,8 +65,7 @@ def train_all(
     Raises:
         ChildProcessError: one failed.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = 1 if torch.cuda.is_available() or launcher else min(2, cores)
+    at_once = 1 if torch.cuda.is_available() or launcher else min(2, cores())
     waiting = [run for run in runs if not is_done(run)]
     running: dict[str, subprocess.Popen] = {}
     named = {run.run_dir: run for run in runs}
@@ -82,7 +82,7 @@ def train_all(
                 for run in free[: max(0, at_once - len(running) - len(elsewhere))]:
                     waiting.remove(run)
                     if not is_done(run):
-                        running[run.run_dir] = start(run, max(1, cores // at_once), launcher)
+                        running[run.run_dir] = start(run, max(1, cores() // at_once), launcher)
                 time.sleep(POLL)
                 ended = [name for name, process in running.items() if process.poll() is not None]
                 at_work = [*running, *(run.run_dir for run in elsewhere)]

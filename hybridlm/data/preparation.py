@@ -25,6 +25,7 @@ from hybridlm.data.parts import EXAMPLES, save_table, to_json, write_atomically,
 from hybridlm.data.pool import run_parts
 from hybridlm.data.shards import FORMAT, LABELS, Shards, hash_files
 from hybridlm.data.sources import Documents, Source, split_source
+from hybridlm.machine import cores
 
 PARTS = 64  # of a source of ordinary size: many for a few processes, few to open
 SMALLEST_PART, LARGEST_PART = 2**20, 2**30  # bytes of text
@@ -223,7 +224,7 @@ def write(
     dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4")
     job = partial(write_part, documents, parts, tokenizer, dtype, folder, skip)
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores()
     with tqdm(total=len(documents), desc=f"tokenising {documents.name}", unit=" documents", disable=quiet) as bar:
         bar.update(len(documents) - sum(len(parts[number]) for number in missing))
         bar.initial = bar.n  # what was there before says nothing about the speed

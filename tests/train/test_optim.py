@@ -57,6 +57,12 @@ def test_1_sqrt_is_the_published_curve():
     assert rate(75) == pytest.approx(1 - (25 / 50) ** 0.5)
 
 
+def test_a_decay_has_its_whole_number_of_steps():
+    """0.29 of 100 are 28.999999999999996 in floating point."""
+    rate = learning_rate(Optim(lr=1.0), Schedule(warmup=0.0, decay=0.29, decay_type="linear", min_lr_ratio=0.0), 100)
+    assert [rate(step) for step in (70, 71, 72)] == pytest.approx([1, 1, 28 / 29])
+
+
 @pytest.mark.parametrize(
     ("warmup", "decay", "steps", "want"),
     [

@@ -8,7 +8,7 @@ import yaml
 
 from hybridlm.strict_yaml import load_yaml
 from tests.train.conftest import SHAPE
-from train.run import LOCK, append, check, claim, drop_after, lock
+from train.run import LOCK, append, check, claim, drop_after, last_line, lock
 
 
 def start(config, resume="auto", allow_config_change=False):
@@ -77,6 +77,16 @@ def test_in_a_run_from_before_biases_were_balanced_they_stayed(make_config, patt
     assert check(make_config(model__config=shape, optim__moe_bias_rate=0.0), "auto", False) is None
     with pytest.raises(ValueError, match=r"other settings:\n  optim\.moe_bias_rate: 0\.0 -> 0\.001\n"):
         check(config, "auto", False)
+
+
+def test_the_last_line_with_a_key_is_found_however_far_back_it_is(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    others = "".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(5000))
+    assert len(others) > 2**16
+    file.write_text('{"step": 0, "val_loss": 9.0}\n' + others + '{"step": 5000, "lo')
+    assert last_line(file, "val_loss") == {"step": 0, "val_loss": 9.0}
+    assert last_line(file, "step") == {"step": 4999, "loss": 1.0}
+    assert last_line(file, "none") is None and last_line(tmp_path / "none", "step") is None
 
 
 def test_never_refuses_a_run_and_what_is_something_else_is_left_alone(make_config):

@@ -151,3 +151,10 @@ def test_of_other_texts_what_can_be_and_a_hash(text, begin):
 def test_long_names_stay_apart():
     long = ["x" * 300, "x" * 299 + "y"]
     assert len({slug(text) for text in long}) == 2 and max(map(len, map(slug, long))) < 100
+
+
+def test_the_name_of_a_row_of_many_long_values_is_one_of_a_folder(tmp_path):
+    grid = {"log.sample_prompt": ["a" * 79, "b" * 79], "log.wandb_project": ["c" * 79], "data.cache_dir": ["d" * 79]}
+    values = {"run_dir": str(tmp_path), "model": {"config": SHAPE}, "sweep": {"grid": grid}}
+    names = [row.name for row in table_of_runs(parse(values, SweepConfig))]
+    assert len(set(names)) == 2 and max(map(len, names)) < 100

@@ -32,6 +32,9 @@ def say(word):
         out.write(f"{word} {run.name}\\n")
 
 def stop(*_):
+    if what == "linger":
+        say("stopping")
+        time.sleep(0.3)
     say("stopped")
     sys.exit()
 
@@ -49,7 +52,7 @@ if what == "hold":
     time.sleep(0.1)
 if what == "fail":
     sys.exit("12%|#  |error: no luck\\n  at all\\n 13%|#  |")
-if what == "wait":
+if what in ("wait", "linger"):
     time.sleep(60)
 if what == "leave":
     stop()
@@ -140,6 +143,23 @@ def test_interrupted_it_stops_the_training_at_work_and_goes_on_when_called_again
     assert said(tmp_path) == ["began first", "stopped first"]
     train_all(runs, "training", launcher("train"))
     assert said(tmp_path)[2:] == ["began first", "ended first", "began second", "ended second"]
+
+
+def test_who_asks_twice_leaves_no_training_behind(runs, launcher, tmp_path):
+    def interrupt():
+        for word in ("began first", "stopping first"):
+            while word not in said(tmp_path):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_all(runs, "training", launcher("linger"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert said(tmp_path) == ["began first", "stopping first", "stopped first"]
 
 
 def test_one_that_was_stopped_from_elsewhere_is_not_taken_for_done(runs, launcher, tmp_path):
