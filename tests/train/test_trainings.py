@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from tests.train.conftest import SHAPE
 from train import trainings
@@ -202,9 +203,10 @@ def test_threads_are_shared_out_but_where_the_environment_says_how_many(asked, r
     assert seen == [asked or "3"]
 
 
-def test_where_a_failure_is_fine_the_others_go_on(runs, launcher, tmp_path):
-    """And what is fine is asked of each that ended, once it has."""
-    told = []
+def test_where_a_failure_is_fine_the_others_go_on(runs, launcher, tmp_path, monkeypatch):
+    """And what is fine is asked of each that ended, once it has; the steps it lacks are no longer waited for."""
+    told, bars = [], []
+    monkeypatch.setattr(trainings, "tqdm", lambda **named: bars.append(tqdm(**named)) or bars[-1])
 
     def fine(run, status):
         told.append((Path(run.run_dir).name, status, trainings.last_error(run)))
@@ -212,5 +214,6 @@ def test_where_a_failure_is_fine_the_others_go_on(runs, launcher, tmp_path):
 
     train_all(runs, "training", launcher("fail"), fine)
     assert told == [("first", 1, ": no luck\n  at all"), ("second", 1, ": no luck\n  at all")]
+    assert bars[0].total == 0
     train_all(runs, "training", launcher("train"), lambda run, status: told.append((status, trainings.last_error(run))) or True)
     assert told[2:] == [(0, "."), (0, ".")]  # in the log, the error of the start before is above the new one's
